@@ -1,0 +1,44 @@
+"""Rewrite the residual stream of any pre-norm transformer into Block Attention Residuals, and prove it."""
+
+from attnres_rewrite.api import inspect, rewrite, verify
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import (
+    AlreadyRewrittenError,
+    ArtifactError,
+    CaptureError,
+    GraphBreakError,
+    ModelSpecError,
+    ModeMismatchError,
+    NoStreamError,
+    ParallelStreamsError,
+    PostNormError,
+    ProofError,
+    RewriteError,
+    UnpreservedReadError,
+)
+from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.report import RewriteReport, VerifyReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyRewrittenError",
+    "ArtifactError",
+    "AttnResConfig",
+    "CaptureError",
+    "GraphBreakError",
+    "ModeMismatchError",
+    "ModelSpecError",
+    "NoStreamError",
+    "ParallelStreamsError",
+    "PostNormError",
+    "ProofError",
+    "RewriteError",
+    "RewriteReport",
+    "RewrittenModule",
+    "UnpreservedReadError",
+    "VerifyReport",
+    "inspect",
+    "rewrite",
+    "verify",
+]

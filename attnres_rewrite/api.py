@@ -1,0 +1,219 @@
+"""The whole flow of a rewrite, one line a stage. Start reading here.
+
+capture -> normalize_adds -> find_stream -> plan_blocks -> insert_reads -> report -> verify
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from attnres_rewrite.capture import capture
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.copying import copy_graph, map_plan
+from attnres_rewrite.errors import ModeMismatchError, ProofError, explain
+from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
+from attnres_rewrite.passes.find_stream import find_stream
+from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
+from attnres_rewrite.passes.normalize_adds import normalize_adds
+from attnres_rewrite.passes.plan_blocks import plan_blocks
+from attnres_rewrite.records import BlockPlan, Captured, StreamSearch
+from attnres_rewrite.report import RewriteReport, VerifyReport, report_from
+from attnres_rewrite.verify import prove, prove_capture
+
+Model = nn.Module | ExportedProgram | fx.GraphModule
+Progress = Callable[[str], None]
+DEFAULTS = AttnResConfig()
+
+
+def rewrite(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    config: AttnResConfig = DEFAULTS,
+    dynamic_shapes: Any = None,
+    *,
+    share_parameters: bool = True,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> RewrittenModule:
+    """Replace the residual stream of `model` by Attention Residuals (arXiv 2603.15031), and prove it.
+
+    Every state of the stream is replaced, for what reads it, by a softmax-weighted mix of the embedding, the
+    finished block sums and the open partial sum. New queries are zero: the result computes what `model` does.
+
+    Args:
+        model: An nn.Module, a torch.export.ExportedProgram, or a torch.fx.GraphModule from any tracer. It is
+            not changed.
+        args: Positional example inputs, as `model` takes them.
+        kwargs: Example inputs given by name.
+        config: Blocks, output form and parameters; see AttnResConfig.
+        dynamic_shapes: As torch.export takes it; None keeps batch and sequence dynamic where the model allows.
+        share_parameters: Use the model's own Parameter objects; False copies them.
+        verify: Run the proofs of `attnres_rewrite.verify` on the example inputs; a failed one raises.
+        progress: Called with the name of each stage as it starts.
+
+    Returns:
+        A torch.fx.GraphModule with the signature, outputs and state-dict keys of `model`, plus the queries and
+        gains [D] of the reads. Its `report` says what was found, planned and proved.
+
+    Raises:
+        RewriteError: A refusal, with the reason and the place; see attnres_rewrite.errors.
+        ValueError: `config` does not fit the model.
+    """
+    say = progress or (lambda stage: None)
+    captured = capture(model, args, kwargs, dynamic_shapes, progress=progress)
+    say("find the stream, plan the blocks, insert the reads")
+    start = time.perf_counter()
+    planned = {id(program): _plan(program, config) for program in captured.programs.values()}
+    own = _require_same_streams(planned, captured)
+    tree = captured.programs[captured.training]
+    if not share_parameters:
+        tree = _with_copied_parameters(captured)
+    add_parameters(tree, own.plans, config, _device_of(tree))
+    rewritten = {key: _insert(found, config) for key, found in planned.items()}
+    programs = {mode: rewritten[id(program)] for mode, program in captured.programs.items()}
+    seconds = time.perf_counter() - start
+    report = report_from(_name_of(model), config, captured, own.plans, own.search.left_alone, seconds)
+    inputs = ExampleInputs(tuple(args), dict(kwargs or {}))
+    new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
+    if verify:
+        faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
+        proved = prove(new, inputs, say)
+        new.report = replace(report, verify=replace(proved, proofs=(*faithful, *proved.proofs)))
+        require_proofs(new.report.verify)
+    return new
+
+
+def inspect(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    config: AttnResConfig = DEFAULTS,
+    dynamic_shapes: Any = None,
+    *,
+    progress: Progress | None = None,
+) -> RewriteReport:
+    """Find the streams of `model` in its own mode and plan their blocks; change nothing, prove nothing.
+
+    Takes and raises what `rewrite` does. Works on meta tensors.
+    """
+    say = progress or (lambda stage: None)
+    captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
+    say("find the stream, plan the blocks")
+    start = time.perf_counter()
+    planned = _plan(captured.programs[captured.training], config)
+    seconds = time.perf_counter() - start
+    return report_from(_name_of(model), config, captured, planned.plans, planned.search.left_alone, seconds)
+
+
+def verify(
+    new: RewrittenModule,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Run the two proofs on a rewritten model, whatever its parameters are now; it is not changed.
+
+    Args:
+        new: The result of `rewrite` or `load`.
+        args: Inputs to run on, as `new` takes them; None with no kwargs means those it was captured on.
+        kwargs: Inputs given by name.
+        progress: Called with the name of each proof as it starts.
+
+    Returns:
+        The figures; `passed` says whether every proof holds. Nothing is raised for one that fails.
+    """
+    given = args is not None or kwargs is not None
+    inputs = ExampleInputs(tuple(args or ()), dict(kwargs or {})) if given else new.example_inputs
+    return prove(new, inputs, progress or (lambda stage: None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    program: fx.GraphModule
+    search: StreamSearch
+    plans: tuple[BlockPlan, ...]
+
+
+def _plan(program: fx.GraphModule, config: AttnResConfig) -> _Planned:
+    normalize_adds(program)
+    search = find_stream(program)
+    return _Planned(program, search, plan_blocks(program.graph, search.streams, config))
+
+
+def _require_same_streams(planned: Mapping[int, _Planned], captured: Captured) -> _Planned:
+    """Return the plan of the model's own mode once every mode agrees with it, so that parameters can be shared."""
+    own = planned[id(captured.programs[captured.training])]
+    for other in planned.values():
+        if _outline(own.plans) != _outline(other.plans):
+            mine, theirs = ([len(plan.stream.updates) for plan in side.plans] for side in (own, other))
+            raise ModeMismatchError(
+                explain(
+                    "train mode and eval mode have different streams",
+                    own.plans[0].reads[0].source_line or None,
+                    f"Updates found: {mine} in {'train' if captured.training else 'eval'} mode, {theirs} in the other.",
+                    "A dropout on the sum itself, or layers skipped at random, make that; apply them to the branch.",
+                )
+            )
+    return own
+
+
+def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:
+    """Return what parameters depend on: the blocks, the reads and their widths."""
+    return [
+        (plan.blocks, plan.stream.width, [(read.state, read.name) for read in plan.reads]) for plan in plans
+    ]
+
+
+def _insert(planned: _Planned, config: AttnResConfig) -> Program:
+    """Rewrite the program; keep a copy of its graph, with the plans on it, for the proofs."""
+    original, copies = copy_graph(planned.program.graph)
+    kept = tuple(map_plan(plan, copies) for plan in planned.plans)
+    insert_reads(planned.program, planned.plans, config)
+    return Program(planned.program.graph, original, kept)
+
+
+def _with_copied_parameters(captured: Captured) -> fx.GraphModule:
+    memo: dict[int, Any] = {}
+    for program in captured.programs.values():
+        for table in ("_parameters", "_buffers", "_modules"):
+            program.__dict__[table] = copy.deepcopy(program.__dict__[table], memo)
+    return captured.programs[captured.training]
+
+
+def _device_of(tree: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in tree.parameters()), torch.device("cpu"))
+
+
+def _name_of(model: Model) -> str:
+    if isinstance(model, ExportedProgram):
+        return "ExportedProgram"
+    return type(model).__name__.removesuffix("Impl")
+
+
+def require_proofs(report: VerifyReport | None) -> None:
+    """Raise ProofError when a proof failed."""
+    if report is None or report.passed:
+        return
+    failed = [proof for proof in report.proofs if not proof.passed]
+    seen = "\n  ".join(
+        f"{proof.name} ({proof.mode}, {proof.dtype}): outputs {proof.output_error:.1e}, "
+        f"gradients {proof.gradient_error if proof.gradient_error is None else format(proof.gradient_error, '.1e')}, "
+        f"limit {proof.limit:.0e}"
+        for proof in failed
+    )
+    raise ProofError(
+        explain(
+            f"{len(failed)} of {len(report.proofs)} proofs failed, so the rewrite is not handed out",
+            None,
+            seen,
+            "Please report the model: this is a bug, or an operation that is not deterministic.",
+        )
+    )

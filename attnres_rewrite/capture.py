@@ -1,0 +1,312 @@
+"""Turn a model, however it is given, into graphs in ATen training IR.
+
+nn.Module        torch.export in eval mode and in train mode; four ways, tried in a fixed order
+ExportedProgram  its module(), in the one mode it was exported in
+GraphModule      as it is when it holds ATen calls (torch.export), else exported like any module
+                 (torch.fx.symbolic_trace, Dynamo)
+
+Training IR keeps dropout, the very Parameter objects, their names and their ties; it is not
+functionalised, because that would turn `dropout(train=False)` into a plain copy.
+
+    model --export--> ep.module() --drop torch's guards, add check_inputs--> Captured
+"""
+
+import inspect
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from attnres_rewrite.copying import copy_graph
+from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, GraphBreakError, explain
+from attnres_rewrite.fxgraph import shape_of, tensor_of
+from attnres_rewrite.inputs import InputDims, check_inputs
+from attnres_rewrite.module import adopt_tree, merge_trees, same_program
+from attnres_rewrite.records import Captured, FixedDim
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way to call torch.export."""
+
+    strict: bool
+    dynamic: bool
+
+    def __str__(self) -> str:
+        return f"torch.export(strict={self.strict}, {'dynamic' if self.dynamic else 'fixed'} shapes)"
+
+
+# Non-strict captures more and takes half the time; fixed shapes are the last resort of each.
+ROUTES = (Route(False, True), Route(False, False), Route(True, True), Route(True, False))
+
+
+def capture(
+    model: nn.Module | ExportedProgram | fx.GraphModule,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    both_modes: bool = True,
+    progress: Progress | None = None,
+) -> Captured:
+    """Capture `model` on example inputs.
+
+    Args:
+        model: A module in any mode, an exported program, or a graph module from any tracer.
+        args: Positional example inputs; tensors give shapes, dtypes and devices only.
+        kwargs: Example inputs given by name.
+        dynamic_shapes: As torch.export takes it. None keeps batch and sequence dynamic wherever the
+            model allows: the first dimension of every tensor, the first two of [B, T] and [B, T, D].
+        both_modes: Capture train mode and eval mode; False captures the model's own mode only.
+        progress: Called with the name of each step.
+
+    Raises:
+        TypeError: `model` is none of the three.
+        AlreadyRewrittenError: `model` is the result of a rewrite.
+        GraphBreakError: Control flow depends on tensor values.
+        CaptureError: No route worked; the message holds each route's reason.
+    """
+    start = time.perf_counter()
+    say = progress or (lambda stage: None)
+    refuse_rewritten(model)
+    if isinstance(model, ExportedProgram):
+        say("capture (exported program)")
+        return _from_program(model, "torch.export.ExportedProgram", start)
+    if isinstance(model, fx.GraphModule) and _is_aten(model):
+        say("capture (graph module)")
+        return _from_graph_module(model, start)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
+    programs: dict[bool, fx.GraphModule] = {}
+    route: Route | None = None
+    for mode in [model.training, not model.training] if both_modes else [model.training]:
+        say(f"capture ({'train' if mode else 'eval'})")
+        with _in_mode(model, mode):
+            routes = ROUTES if route is None else (route,)
+            program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
+        programs[mode] = _normalised(program)
+    if len(programs) == 2 and same_program(*programs.values()):
+        programs[not model.training] = programs[model.training]
+    return _captured(programs, model.training, str(route), start)
+
+
+def refuse_rewritten(model: object) -> None:
+    """Raise AlreadyRewrittenError when `model` holds the parameters of an earlier rewrite."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, _ in model.named_parameters():
+        path = name.split(".")
+        if len(path) >= 3 and path[-3] == "attn_res" and path[-2].isdigit() and path[-1] == "query":
+            raise AlreadyRewrittenError(
+                explain(
+                    "the model was rewritten already",
+                    name,
+                    "Its reads mix the depth now, so it has no plain residual stream left.",
+                    "Rewrite the original model instead; a saved rewrite is read with attnres_rewrite.load.",
+                )
+            )
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, routes: Sequence[Route]
+) -> tuple[ExportedProgram, Route]:
+    failures: list[tuple[Route, Exception]] = []
+    automatic = dynamic_shapes is None
+    for route in routes:
+        if not automatic and not route.dynamic:
+            continue
+        shapes = _automatic_shapes(model, args, kwargs) if automatic and route.dynamic else dynamic_shapes
+        try:
+            with _quiet(), torch.enable_grad():
+                return (
+                    torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=route.strict),
+                    route,
+                )
+        # torch.export raises whatever the model or the tracer raises: every class is a reason here.
+        except Exception as why:
+            failures.append((route, why))
+    raise _capture_error(model, failures)
+
+
+def _capture_error(model: nn.Module, failures: list[tuple[Route, Exception]]) -> CaptureError:
+    seen = "\n  ".join(f"{route}: {_first_lines(why)}" for route, why in failures)
+    name = type(model).__name__
+    place = next((found for _, why in failures if (found := _user_frame(why))), None)
+    if any(_is_graph_break(why) for _, why in failures):
+        error = GraphBreakError(
+            explain(
+                f"control flow of {name} depends on tensor values",
+                place,
+                seen,
+                "Write the choice as tensor operations (torch.where, torch.cond), or set the option that avoids it.",
+            )
+        )
+    else:
+        error = CaptureError(
+            explain(
+                f"{name} could not be captured on these example inputs",
+                place,
+                seen,
+                "First check that model(*args, **kwargs) runs, on the device of its parameters.",
+            )
+        )
+    error.__cause__ = failures[0][1] if failures else None
+    return error
+
+
+def _is_graph_break(why: Exception) -> bool:
+    name = type(why).__name__
+    return "DataDependent" in name or "data-dependent" in str(why).lower()
+
+
+def _first_lines(why: Exception) -> str:
+    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+    return f"{type(why).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+def _user_frame(why: BaseException) -> str | None:
+    """Return file:line of the deepest frame that is not torch's, where the model's code stopped."""
+    place, trace = None, why.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in file and "/attnres_rewrite/" not in file and not file.startswith("<"):
+            place = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def _automatic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Mark batch and sequence as Dim.AUTO, in the nesting of the forward's own parameters."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(_automatic_dims, value) for name, value in bound.items()}
+
+
+def _automatic_dims(leaf: object) -> dict[int, Any] | None:
+    if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
+        return None
+    return {dim: Dim.AUTO for dim in range(2 if leaf.dim() in (2, 3) else 1)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch.export prints, logs and warns of: its failures come as exceptions too."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every submodule in one mode, unless it is the model's own, and restore each flag after."""
+    if model.training == training:
+        yield
+        return
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _from_program(program: ExportedProgram, route: str, start: float) -> Captured:
+    gm = _normalised(program)
+    return _captured({gm.training: gm}, gm.training, route, start)
+
+
+def _from_graph_module(model: fx.GraphModule, start: float) -> Captured:
+    gm = _copy_graph_module(model)
+    _drop_torch_guards(gm)
+    _add_input_check(gm)
+    return _captured({model.training: gm}, model.training, "torch.fx.GraphModule of ATen calls", start)
+
+
+def _copy_graph_module(model: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph; share every parameter, buffer, submodule and constant."""
+    copy = fx.GraphModule(nn.Module(), fx.Graph())
+    adopt_tree(copy, model)
+    copy._modules = dict(model._modules)  # the guard module is dropped from the copy only
+    copy.training = model.training
+    copy.graph, _ = copy_graph(model.graph)
+    return copy
+
+
+def _is_aten(model: fx.GraphModule) -> bool:
+    """Say whether the graph is training IR already: ATen overloads whose values are known."""
+    calls = [node for node in model.graph.nodes if node.op == "call_function"]
+    if not calls or any(node.op == "call_method" for node in model.graph.nodes):
+        return False
+    overloads = [node for node in calls if isinstance(node.target, torch._ops.OpOverload)]
+    return bool(overloads) and all("val" in node.meta for node in overloads)
+
+
+def _normalised(program: ExportedProgram) -> fx.GraphModule:
+    with _quiet():
+        gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    _drop_torch_guards(gm)
+    _add_input_check(gm)
+    return gm
+
+
+def _drop_torch_guards(gm: fx.GraphModule) -> None:
+    """Remove torch.export's generated guard module and its hooks: check_inputs takes their place."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            gm.graph.erase_node(node)
+    gm._modules.pop("_guards_fn", None)
+    gm._forward_pre_hooks.clear()
+    gm._forward_pre_hooks_with_kwargs.clear()
+    gm.__dict__.pop("train", None)  # export replaces both by a function that raises
+    gm.__dict__.pop("eval", None)
+
+
+def _add_input_check(gm: fx.GraphModule) -> None:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [node for node in placeholders if tensor_of(node) is not None]
+    if not tensors or any(node.target is check_inputs for node in gm.graph.nodes):
+        return
+    dims = tuple(input_dims(node) for node in tensors)
+    with gm.graph.inserting_after(placeholders[-1]):
+        gm.graph.call_function(check_inputs, (tuple(dims), *tensors))
+    gm.recompile()
+
+
+def input_dims(placeholder: fx.Node) -> InputDims:
+    """Return the dimensions that an input must have: a size, or a symbol shared by equal sizes."""
+    shape = shape_of(placeholder)
+    assert shape is not None
+    return (str(placeholder.target), tuple(size if isinstance(size, int) else str(size) for size in shape))
+
+
+def _captured(programs: dict[bool, fx.GraphModule], training: bool, route: str, start: float) -> Captured:
+    merge_trees(programs)
+    fixed = {fact: None for gm in programs.values() for fact in _fixed_dims(gm)}
+    seconds = time.perf_counter() - start
+    return Captured(programs, training, route, tuple(fixed), seconds)
+
+
+def _fixed_dims(gm: fx.GraphModule) -> Iterator[FixedDim]:
+    """Yield the batch and sequence dimensions that the program takes in one size only."""
+    for node in gm.graph.nodes:
+        shape = shape_of(node) if node.op == "placeholder" else None
+        for dim, size in enumerate(shape or ()):
+            if isinstance(size, int) and dim in (_automatic_dims(tensor_of(node)) or {}):
+                yield FixedDim(str(node.target), dim, size)

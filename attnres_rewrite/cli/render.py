@@ -1,0 +1,219 @@
+"""Everything that is printed, and the only user of rich. Facts to stdout, the rest to stderr.
+
+Names of modules and files are data, and may hold brackets: every console has markup off.
+"""
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from attnres_rewrite.report import CaptureReport, RewriteReport, StreamReport, VerifyReport
+
+Stage = Callable[[str], None]
+
+SPINNER_AFTER_S = 1.0
+# Lines in a pipe are for grep: no table is folded to fit a screen that is not there.
+PIPE_WIDTH = 10_000
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    return console
+
+
+@contextmanager
+def working(first_stage: str) -> Generator[Stage]:
+    """Show a spinner with the stage name once the work has lasted a second; yield what names the stage.
+
+    The spinner needs a terminal on stderr. Whatever the model's own code prints goes to stderr too.
+    """
+    console = _console(stderr=True)
+    with redirect_stdout(sys.stderr):
+        if not console.is_terminal:
+            yield _ignore
+            return
+        status = console.status(Text(first_stage))
+        timer = threading.Timer(SPINNER_AFTER_S, status.start)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield lambda stage: status.update(Text(stage))
+        finally:
+            timer.cancel()
+            timer.join()
+            status.stop()
+
+
+def _ignore(stage: str) -> None:
+    del stage
+
+
+def line(text: str) -> None:
+    """Print one line of facts."""
+    _console().print(text, soft_wrap=True)
+
+
+def warning(text: str) -> None:
+    """Print what nobody should overlook."""
+    _console(stderr=True).print(f"warning: {text}", style="bold yellow", soft_wrap=True)
+
+
+def facts(values: dict[str, Any]) -> None:
+    """Print facts for a program to read."""
+    print(json.dumps(values, indent=2))
+
+
+def error_facts(problem: Exception | None) -> dict[str, Any]:
+    """Return an error as JSON-ready values; nothing without an error."""
+    if problem is None:
+        return {}
+    return {"error": {"class": type(problem).__name__, "message": _message(problem)}}
+
+
+def problem(problem: Exception, *, as_json: bool) -> None:
+    """Print why a command did not do what it was asked."""
+    if as_json:
+        facts(error_facts(problem))
+        return
+    if show := getattr(problem, "show", None):  # typer's own errors restate the usage
+        show()
+        return
+    kind = "wrong arguments" if isinstance(problem, ValueError | TypeError) else "refused"
+    first, _, rest = _message(problem).partition("\n")
+    console = _console(stderr=True)
+    console.print(Text.assemble((f"{kind}: ", "bold red"), first), soft_wrap=True)
+    if rest:
+        console.print(rest, soft_wrap=True)
+
+
+def _message(problem: Exception) -> str:
+    show = getattr(problem, "format_message", None)
+    return show() if show else str(problem)
+
+
+def report(report: "RewriteReport", *, all_adds: bool = False) -> None:
+    """Print what was found and planned."""
+    console = _console()
+    console.print(report.model, style="bold", soft_wrap=True)
+    console.print(_overview(report))
+    for stream in report.streams:
+        console.print()
+        console.print(_stream_line(stream), soft_wrap=True)
+        console.print(f"  {_blocks_line(stream)}", soft_wrap=True)
+        console.print(_reads_table(stream))
+    console.print()
+    _left_alone(console, report, all_adds)
+
+
+def _overview(report: "RewriteReport") -> Table:
+    table = _table("", "", header=False)
+    table.add_row("  captured", _capture_text(report.capture))
+    if report.capture.fixed_dims:
+        fixed = ", ".join(f"{dim.argument}[{dim.dim}] = {dim.size}" for dim in report.capture.fixed_dims)
+        table.add_row("  fixed", f"{fixed}: the program takes no other size")
+    table.add_row("  config", _config_text(report.config))
+    table.add_row(
+        "  added", f"{report.num_parameters_added:,} parameters in {_many(len(report.reads), 'read')}"
+    )
+    table.add_row("  passes", f"{report.pass_seconds:.2f} s")
+    return table
+
+
+def _capture_text(capture: "CaptureReport") -> str:
+    modes = " and ".join(capture.modes)
+    return f"{capture.route}, {modes} mode, {capture.num_nodes:,} nodes, {capture.seconds:.1f} s"
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.items() if value is not None)
+
+
+def _stream_line(stream: "StreamReport") -> Text:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in stream.update_kinds.items())
+    size = f"width {stream.width}, {stream.dtype}, {_many(stream.num_updates, 'update')} ({kinds})"
+    return Text.assemble((stream.name, "bold"), f"  {size}")
+
+
+def _blocks_line(stream: "StreamReport") -> str:
+    spans = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in stream.blocks)
+    return f"{_many(len(stream.blocks), 'block')} of updates: {spans}"
+
+
+def _reads_table(stream: "StreamReport") -> Table:
+    table = _table("  state", "sources", "read by", "add at", "query", "schedule")
+    for read in stream.reads:
+        owner = read.owner or "(the model)"
+        row = (f"  {read.state}", str(read.num_sources), owner, place(read.source_line), read.query_name)
+        table.add_row(*row, read.schedule)
+    return table
+
+
+def _left_alone(console: Console, report: "RewriteReport", all_adds: bool) -> None:
+    console.print(f"{_many(len(report.left_alone), 'other add')} left alone")
+    if all_adds:
+        table = _table("  node", "at", "in", "reason")
+        for add in report.left_alone:
+            table.add_row(f"  {add.node}", place(add.source_line), add.owner or "(the model)", add.reason)
+        console.print(table)
+        return
+    table = _table("", "", header=False)
+    for reason, count in Counter(add.reason for add in report.left_alone).most_common():
+        table.add_row(f"  {count}", reason)
+    console.print(table)
+
+
+def place(source_line: str) -> str:
+    """Shorten "file:line" to what tells files apart: below here, or below the packages."""
+    if not source_line:
+        return "?"
+    path = Path(source_line)
+    if "site-packages" in path.parts:
+        return str(Path(*path.parts[path.parts.index("site-packages") + 1 :]))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source_line
+
+
+def proofs(figures: "VerifyReport") -> None:
+    """Print the figures of every proof."""
+    console = _console()
+    table = _table("proof", "mode", "dtype", "output error", "gradient error", "limit", "compared", "")
+    for proof in figures.proofs:
+        gradient = "not run" if proof.gradient_error is None else f"{proof.gradient_error:.1e}"
+        compared = f"{_many(proof.num_outputs, 'output')}, {_many(proof.num_gradients, 'gradient')}"
+        verdict = Text("proven", "bold green") if proof.passed else Text("FAILED", "bold red")
+        table.add_row(
+            proof.name,
+            proof.mode,
+            proof.dtype,
+            f"{proof.output_error:.1e}",
+            gradient,
+            f"{proof.limit:.0e}",
+            compared,
+            verdict,
+        )
+    console.print()
+    console.print(table)
+    for text in figures.notes:
+        console.print(f"  note: {text}", soft_wrap=True)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=header, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table

@@ -1,0 +1,74 @@
+"""Every error this package raises on purpose.
+
+RewriteError                  a refusal: the model was understood, and the rewrite would be wrong or useless
+  CaptureError                the model could not be traced to one graph
+    GraphBreakError           its Python control flow depends on tensor values
+  NoStreamError               the graph holds no residual stream
+    PostNormError             the stream passes through a norm between updates (x = norm(x + f(x)))
+    ParallelStreamsError      several streams feed each other (hyper-connections, AltUp, reversible layers)
+  AlreadyRewrittenError       the model has Attention Residuals already
+  UnpreservedReadError        output="mean" would change what a consumer of the stream computes
+  ModeMismatchError           train mode and eval mode build different streams
+  ProofError                  a proof failed: the rewritten graph is not the function it must be
+  ModelSpecError              a MODEL argument of the command line gives no model
+  ArtifactError               a saved folder is damaged, foreign, or would be overwritten
+
+Wrong arguments are a plain ValueError or TypeError.
+"""
+
+from collections.abc import Sequence
+
+
+class RewriteError(Exception):
+    """Base class: `except RewriteError` catches every deliberate refusal."""
+
+
+class CaptureError(RewriteError):
+    """No capture mode could trace the model with the example inputs given."""
+
+
+class GraphBreakError(CaptureError):
+    """The Python control flow of the model depends on tensor values."""
+
+
+class NoStreamError(RewriteError):
+    """No chain of residual adds runs through the captured graph."""
+
+
+class PostNormError(NoStreamError):
+    """Every update is followed by a norm of the sum, so no sum of updates exists."""
+
+
+class ParallelStreamsError(NoStreamError):
+    """Several streams exchange updates, so none of them is the residual stream."""
+
+
+class AlreadyRewrittenError(RewriteError):
+    """The model mixes its depth by attention already."""
+
+
+class UnpreservedReadError(RewriteError):
+    """A consumer of the stream depends on its scale, which output="mean" changes."""
+
+
+class ModeMismatchError(RewriteError):
+    """The streams found in train mode and in eval mode are not the same."""
+
+
+class ProofError(RewriteError):
+    """The rewritten graph does not compute what a proof demands."""
+
+
+class ModelSpecError(RewriteError):
+    """A MODEL argument names nothing that gives a model."""
+
+
+class ArtifactError(RewriteError):
+    """A saved rewrite cannot be read, or cannot be written where asked."""
+
+
+def explain(what: str, where: str | None = None, why: str = "", remedy: str = "") -> str:
+    """Lay out a refusal: what and where on the first line, then why, then what to do."""
+    first = f"{what}, at {where}" if where else what
+    rest: Sequence[str] = [line for line in (why, remedy) if line]
+    return "\n  ".join([first, *rest])

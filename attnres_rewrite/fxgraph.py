@@ -1,0 +1,131 @@
+"""Plain facts about the nodes of a graph in ATen training IR: op, value, place, aliasing."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+# The last frame of a stack trace is the line that ran; torch's own frames are not in it.
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_REPEATED_CALL = re.compile(r"@\d+")
+
+
+def op_name(node: fx.Node) -> str:
+    """Name the op without its overload: "add", "add_", "getitem"; other namespaces keep theirs."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        namespace, _, name = node.target._schema.name.partition("::")
+        return name if namespace == "aten" else f"{namespace}::{name}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """Return the fake tensor that the capture recorded for `node`, if its value is one tensor."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: object) -> tuple[Any, ...] | None:
+    """Return the shape of `node`, symbolic dimensions as expressions, so that == asks for no guard."""
+    value = tensor_of(node)
+    return None if value is None else tuple(_expression(size) for size in value.shape)
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
+
+
+def is_floating(node: object) -> bool:
+    """Say whether `node` is one floating-point tensor."""
+    value = tensor_of(node)
+    return value is not None and value.dtype.is_floating_point
+
+
+def has_one_element(node: object) -> bool:
+    """Say whether `node` is a tensor of exactly one element, whatever its rank."""
+    shape = shape_of(node)
+    return shape is not None and all(size == 1 for size in shape)
+
+
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Any:
+    """Return an argument of a call given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def source_line(node: fx.Node) -> str:
+    """Return "file.py:12", the line of the model's code that made the node, or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return ":".join(frames[-1]) if frames else ""
+
+
+def module_path(node: fx.Node) -> tuple[str, ...]:
+    """Return the FQNs of the modules around the node, outermost (the model, "") first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(_REPEATED_CALL.sub("", entry[0]) for entry in stack.values())
+
+
+def owner_of(node: fx.Node) -> str:
+    """Return the FQN of the innermost module whose code made the node."""
+    path = module_path(node)
+    return path[-1] if path else ""
+
+
+def module_classes(node: fx.Node) -> tuple[str, ...]:
+    """Return the qualified class names of the modules around the node, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(_class_name(entry[1]) for entry in stack.values())
+
+
+def _class_name(entry: object) -> str:
+    return entry if isinstance(entry, str) else getattr(entry, "__qualname__", str(entry))
+
+
+def place_of(node: fx.Node) -> str:
+    """Name a node for an error message: its source line when known, else its name and module."""
+    return source_line(node) or f"node {node.name} in {owner_of(node) or 'the model'}"
+
+
+def written_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs that the op writes into."""
+    return [arg for arg, schema in _arguments_with_schema(node) if _writes(schema)]
+
+
+def aliased_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs whose memory an output of the op may share (views, in-place results)."""
+    if node.op != "call_function":
+        return []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        # getitem of a list of views, and what we know nothing about
+        return [node.args[0]] if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node) else []
+    # an annotated argument is viewed or written; either way a result shares its memory
+    found = [arg for arg, schema in _arguments_with_schema(node) if schema.alias_info is not None]
+    # these return their input when nothing has to change, and some do not say so in their schema
+    if op_name(node) in _MAY_RETURN_INPUT and node.all_input_nodes and not found:
+        found.append(node.all_input_nodes[0])
+    return found
+
+
+_MAY_RETURN_INPUT = frozenset(
+    {"reshape", "contiguous", "to", "type_as", "dropout", "flatten", "unflatten", "expand_as"}
+)
+
+
+def _arguments_with_schema(node: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for position, schema in enumerate(node.target._schema.arguments):
+        value = node.kwargs.get(schema.name) if schema.kwarg_only else argument(node, position, schema.name)
+        values = value if isinstance(value, list | tuple) else [value]
+        yield from ((arg, schema) for arg in values if isinstance(arg, fx.Node))
+
+
+def _writes(schema: Any) -> bool:
+    return schema.alias_info is not None and schema.alias_info.is_write

@@ -1,0 +1,75 @@
+"""What a captured program takes as inputs, checked at each call.
+
+A captured graph has sizes baked in. Called with another shape it could fail deep inside, or compute
+something else, so its first node is check_inputs: plain Python on shapes, which torch.compile turns
+into guards.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnres_rewrite.fxgraph import tensor_of
+
+# name, and for each dimension a size or a symbol; equal symbols are equal sizes
+InputDims = tuple[str, tuple[int | str, ...]]
+
+
+@fx.wrap
+def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> None:
+    """Raise ValueError when a tensor has another rank or size than the program was captured for."""
+    seen: dict[str, int] = {}
+    for (name, dims), tensor in zip(expected, tensors, strict=True):
+        if tensor.dim() != len(dims):
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; the program was captured for {len(dims)}")
+        for dim, (want, size) in enumerate(zip(dims, tensor.shape, strict=True)):
+            if isinstance(want, str):
+                # only plain symbols bind; "2*s0" and the like are left to the graph itself
+                if want.isidentifier() and seen.setdefault(want, size) != size:
+                    raise ValueError(
+                        f"{name} has size {size} in dimension {dim}; another input has {seen[want]} there, "
+                        "and the program was captured with both equal"
+                    )
+            elif size != want:
+                raise ValueError(
+                    f"{name} has size {size} in dimension {dim}; the program was captured for {want} only. "
+                    "Rewrite again with example inputs of this size, or with dynamic_shapes"
+                )
+
+
+fx.node.has_side_effect(check_inputs)
+
+
+def flat_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Bind a call to the arguments of a captured graph and flatten it to its placeholders.
+
+    Raises:
+        TypeError: An argument is missing, unknown, or given twice; or its nesting is another one.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    info = getattr(graph._codegen, "pytree_info", None)
+    names = [node.target for node in placeholders] if info is None else [n for n in info.orig_args if n != "self"]
+    bound = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or bound.keys() & kwargs.keys() or kwargs.keys() - set(names):
+        raise TypeError(f"the captured program takes {', '.join(names)}; got {len(args)} positional and {list(kwargs)}")
+    bound |= kwargs
+    constants = {node.target: node.meta.get("val") for node in placeholders if tensor_of(node) is None}
+    missing = [name for name in names if name not in bound and name not in constants]
+    if missing:
+        raise TypeError(f"the captured program also takes {', '.join(missing)}")
+    values = {name: bound.get(name, constants.get(name)) for name in names}
+    if info is None:
+        return list(values.values())
+    positional, named = info.in_spec.children()
+    count = positional.num_children
+    call = (
+        tuple(values[name] for name in names[:count]),
+        {name: values[name] for name in named.context} if named.num_children else {},
+    )
+    leaves, spec = pytree.tree_flatten(call)
+    if len(leaves) != len(placeholders):
+        raise TypeError(f"the inputs are nested as {spec}; the program was captured with {info.in_spec}")
+    return leaves

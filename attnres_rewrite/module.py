@@ -1,0 +1,217 @@
+"""RewrittenModule: the result of a rewrite, one fx.GraphModule with a graph for each mode.
+
+`.train()` and `.eval()` switch the graph, as dropout and stochastic depth are part of a captured graph. Both
+graphs read one tree of parameters. Their forwards are generated once, so that torch.compile sees two
+functions and keeps a compilation of each.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.records import BlockPlan
+from attnres_rewrite.report import RewriteReport
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One mode of a rewritten model: the graph that runs, and what it must be equal to.
+
+    `plans` refers to nodes of `original`, which holds the model as it was captured.
+    """
+
+    graph: fx.Graph
+    original: fx.Graph
+    plans: tuple[BlockPlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleInputs:
+    """The inputs a model was captured on; proofs run on them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class RewrittenModule(fx.GraphModule):
+    """A model whose residual stream is mixed by Attention Residuals.
+
+    It is called as the original was, returns what the original returned, and has every key of its state
+    dict, plus a query and a gain [D] for each read. Attributes: `report`, `config`.
+    """
+
+    report: RewriteReport
+    config: AttnResConfig
+    programs: dict[bool, Program]
+    example_inputs: ExampleInputs
+
+    def __init__(
+        self,
+        tree: nn.Module,
+        programs: Mapping[bool, Program],
+        training: bool,
+        config: AttnResConfig,
+        report: RewriteReport,
+        example_inputs: ExampleInputs,
+    ) -> None:
+        """Share the parameters, buffers and submodules of `tree`; `programs` maps a training flag to its program."""
+        super().__init__(nn.Module(), fx.Graph(), class_name="RewrittenModule")
+        adopt_tree(self, tree)
+        self.programs = dict(programs)
+        self.config, self.report, self.example_inputs = config, report, example_inputs
+        self._forwards: dict[bool, dict[str, Any]] = {}
+        for mode, program in self.programs.items():
+            twin = not mode
+            if twin in self._forwards and self.programs[twin] is program:
+                self._forwards[mode] = self._forwards[twin]
+                continue
+            self.graph = program.graph
+            give_constants_as_defaults(type(self).forward, program.graph)
+            kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
+            self._forwards[mode] = kept | {"forward": type(self).forward}
+        for module in self.modules():
+            module.training = training
+        self._use(training)
+
+    def train(self, mode: bool = True) -> "RewrittenModule":
+        """Switch to the graph captured in this mode.
+
+        Raises:
+            NotImplementedError: The model came as a graph of the other mode only.
+        """
+        if mode not in self.programs:
+            name, other = ("train", "eval") if mode else ("eval", "train")
+            raise NotImplementedError(
+                f"this model was captured in {other} mode only, as an exported graph holds one mode; "
+                f"rewrite the nn.Module itself to have {name} mode too"
+            )
+        super().train(mode)
+        self._use(mode)
+        return self
+
+    def _use(self, mode: bool) -> None:
+        chosen = dict(self._forwards[mode])
+        type(self).forward = chosen.pop("forward")
+        self.__dict__.update(chosen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
+        tree = nn.Module()
+        for name in _TABLES:
+            tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        for name, value in constants_of(self).items():
+            tree.__dict__[name] = copy.deepcopy(value, memo)
+        new = RewrittenModule(
+            tree, self.programs, self.training, self.config, self.report, self.example_inputs
+        )
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)")
+
+
+# what GraphModule.recompile leaves in the instance, beside the forward in its class
+_GENERATED = frozenset("_graph _code _lineno_map _prologue_start _in_spec _out_spec".split())
+
+
+def adopt_tree(module: nn.Module, tree: nn.Module) -> None:
+    """Make `module` use the very parameters, buffers, submodules and constants of `tree`."""
+    for name in _TABLES:
+        module.__dict__[name] = tree.__dict__[name]
+    module.__dict__.update(constants_of(tree))
+
+
+def constants_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the plain tensor attributes of a module: constants that the model's code made."""
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)}
+
+
+def give_constants_as_defaults(forward: Any, graph: fx.Graph) -> None:
+    """Let a call leave out trailing arguments that the capture took as constants, such as use_cache=False."""
+    info = getattr(graph._codegen, "pytree_info", None)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [name for name in info.orig_args if name != "self"] if info else []
+    if len(names) != len(placeholders):
+        return
+    defaults: list[Any] = []
+    for node in reversed(placeholders):
+        value = node.meta.get("val", _MISSING)
+        if value is not None and not isinstance(value, bool | str | int | float):
+            break
+        defaults.insert(0, value)
+    if defaults:
+        forward.__defaults__ = tuple(defaults)
+
+
+_MISSING = object()
+
+
+def merge_trees(programs: Mapping[bool, fx.GraphModule]) -> None:
+    """Give all programs one tree of modules, in place.
+
+    Parameters and buffers are one object already. What each capture made for itself, constants and the bodies
+    of higher-order ops, is renamed where two programs use one name for different things.
+    """
+    first, *others = {id(program): program for program in programs.values()}.values()
+    for other in others:
+        for node in other.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                node.target = _moved_into(first, other, node.target)
+    for other in others:
+        adopt_tree(other, first)
+        other.recompile()
+
+
+def _moved_into(tree: nn.Module, source: nn.Module, target: str) -> str:
+    value = attribute(source, target)
+    existing = attribute(tree, target, None)
+    if existing is value:
+        return target
+    name = target
+    while attribute(tree, name, None) is not None:
+        name = f"{name}_other_mode"
+    owner, _, leaf = name.rpartition(".")
+    setattr(attribute(tree, owner), leaf, value)
+    return name
+
+
+def same_program(one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    """Say whether two graphs make the same calls on the same parameters and on equal constants."""
+    if len(one.graph.nodes) != len(other.graph.nodes):
+        return False
+    pairs = zip(one.graph.nodes, other.graph.nodes, strict=True)
+    return all(_same_node(left, right, one, other) for left, right in pairs)
+
+
+def _same_node(left: fx.Node, right: fx.Node, one: fx.GraphModule, other: fx.GraphModule) -> bool:
+    calls = [(n.op, n.name, str(n.args), str(n.kwargs)) for n in (left, right)]
+    if calls[0] != calls[1]:
+        return False
+    if left.op not in ("get_attr", "call_module"):
+        return left.target == right.target
+    values = attribute(one, str(left.target)), attribute(other, str(right.target))
+    if values[0] is values[1]:
+        return True
+    if all(isinstance(value, fx.GraphModule) for value in values):
+        return same_program(*values)
+    return all(isinstance(value, torch.Tensor) for value in values) and torch.equal(*values)
+
+
+_REQUIRED = object()
+
+
+def attribute(root: Any, path: str, default: Any = _REQUIRED) -> Any:
+    """Return an attribute by its dotted path; "" is the root itself."""
+    value = root
+    for part in path.split(".") if path else ():
+        if default is not _REQUIRED and not hasattr(value, part):
+            return default
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,69 @@
+"""Find the axis of a stream that holds its channels, from what its readers do.
+
+A norm names the axis: layer_norm and rms_norm by their shape, a hand-written one by the dimension of its
+mean, group and batch norms by convention (axis 1). Where no norm reads the stream, a linear layer
+(last axis) or a convolution (axis 1) does. Readers that disagree, or that say nothing, make a refusal:
+mixing along another axis would be a wrong graph that no proof at zero queries can see.
+"""
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from attnres_rewrite.fxgraph import argument, op_name, tensor_of
+from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, carried_input, restored_axis
+
+_LAST_AXIS_NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
+_FIRST_AXIS_NORMS = frozenset("batch_norm group_norm instance_norm native_group_norm".split())
+_REDUCTIONS = frozenset("mean var std var_mean linalg_vector_norm norm sum".split())
+_ELEMENTWISE = CASTS | DROPOUTS | frozenset("pow square mul abs sub div neg relu gelu silu tanh sigmoid".split())
+_CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution".split())
+_STEPS = 4  # element-wise ops followed from the stream to the reduction of a hand-written norm
+
+
+def axis_votes(state: fx.Node) -> tuple[set[int], set[int]]:
+    """Return the axes of a state that norms among its consumers name, and those that layers name."""
+    norms: set[int] = set()
+    layers: set[int] = set()
+    todo: list[tuple[fx.Node, tuple[fx.Node, ...], int]] = [(state, (), 0)]
+    while todo:
+        value, path, steps = todo.pop()
+        for user in value.users:
+            if carried_input(user) is value:
+                todo.append((user, (*path, user), steps))
+            for axis, is_norm in _axes_used(user, value):
+                place = restored_axis(path, axis)
+                if place is not None:
+                    (norms if is_norm else layers).add(place)
+            if op_name(user) in _ELEMENTWISE and steps < _STEPS and _rank(user) == _rank(value):
+                todo.append((user, path, steps + 1))
+    return norms, layers
+
+
+def _axes_used(user: fx.Node, value: fx.Node) -> Iterator[tuple[int, bool]]:
+    """Yield the axis that `user` treats as the channels of `value`, and whether as a norm does."""
+    name, rank = op_name(user), _rank(value)
+    if not user.args or user.args[0] is not value:
+        return
+    if name in _LAST_AXIS_NORMS and len(argument(user, 1, "normalized_shape")) == 1:
+        yield rank - 1, True
+    elif name in _FIRST_AXIS_NORMS:
+        yield 1, True
+    elif name in _REDUCTIONS and argument(user, *_KEEPDIM.get(name, (2, "keepdim"))) is True:
+        # without keepdim it is a pooling, not half of a norm
+        dims = argument(user, *_DIM.get(name, (1, "dim")))
+        if isinstance(dims, int) or (dims is not None and len(dims) == 1):
+            yield (dims if isinstance(dims, int) else dims[0]) % rank, True
+    elif name == "linear":
+        yield rank - 1, False
+    elif name in _CONVOLUTIONS:
+        yield 1, False
+
+
+_DIM = {"linalg_vector_norm": (2, "dim"), "norm": (2, "dim")}
+_KEEPDIM = {"linalg_vector_norm": (3, "keepdim"), "norm": (3, "keepdim"), "var": (3, "keepdim"), "std": (3, "keepdim")}
+
+
+def _rank(node: fx.Node) -> int:
+    value = tensor_of(node)
+    return -1 if value is None else value.dim()

@@ -1,0 +1,173 @@
+"""Replace every state of a stream by its read.
+
+    x1 = x0 + f1;  x2 = x1 + f2;  y = g(x2)                          one block of two updates
+    ->  part = f1;  h1 = read([x0, part]);  part' = part + f2;  h2 = read([x0, part']);  y = g(h2)
+
+Sources run beside the original nodes: each carrier of the stream is applied to each of them. The original
+adds die; their consumers read the mix. Nothing else moves, so random numbers are drawn in the same order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import AlreadyRewrittenError
+from attnres_rewrite.fxgraph import op_name, shape_of, tensor_of
+from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.passes.carriers import CASTS, carried_input
+from attnres_rewrite.passes.normalize_adds import ADD
+from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream, Update
+
+aten = torch.ops.aten
+
+
+def insert_reads(gm: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
+    """Rewrite the streams of `gm` in place; `add_parameters` must have made the queries and gains."""
+    for plan in plans:
+        _rewrite_stream(gm.graph, plan, config)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig, device: torch.device) -> None:
+    """Give every planned read its query (zeros) and its gain (ones), [D] each, under the owner module.
+
+    Raises:
+        AlreadyRewrittenError: The owner has something named attn_res already.
+    """
+    taken = {f"{read.owner}.attn_res".lstrip(".") for plan in plans for read in plan.reads}
+    names = [name for name, _ in root.named_modules()] + [name for name, _ in root.named_parameters()]
+    if clash := taken & set(names):
+        raise AlreadyRewrittenError(f"the model has something named {clash.pop()} already; is it rewritten?")
+    for plan in plans:
+        dtype = config.param_dtype or torch.promote_types(plan.stream.dtype, torch.float32)
+        for read in plan.reads:
+            holder = _submodule(root, read.name)
+            width = plan.stream.width
+            holder.query = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+            if config.key_norm:
+                holder.key_norm = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+
+
+def _submodule(root: nn.Module, name: str) -> nn.Module:
+    """Return the submodule of this name, making plain modules on the way where there are none."""
+    module = root
+    for part in name.split("."):
+        child = module._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            child.training = root.training
+            module.add_module(part, child)
+        module = child
+    return module
+
+
+def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> None:
+    stream = plan.stream
+    reads = {read.state: read for read in plan.reads}
+    starts = {block.start for block in plan.blocks}
+    sources = [stream.root]
+    replaced: list[fx.Node] = []
+    for state, update in enumerate(stream.updates, start=1):
+        with graph.inserting_before(update.add):
+            sources = [_carried(graph, source, update) for source in sources]
+            added = _full_shape(graph, update, like=sources[0])
+            if state in starts:
+                sources.append(added)
+            else:
+                sources[-1] = _call(graph, ADD, (sources[-1], added), like=update.add)
+            if state in reads:
+                mix = _read(graph, sources, stream, reads[state], config, like=update.add)
+                update.add.replace_all_uses_with(mix)
+        replaced += [*update.carriers, update.add]
+    _erase_dead(graph, replaced)
+
+
+def _carried(graph: fx.Graph, source: fx.Node, update: Update) -> fx.Node:
+    """Apply the carriers of an update, and the promotion of its add, to one source."""
+    for carrier in update.carriers:
+        through = carried_input(carrier)
+        if op_name(carrier) in CASTS and _same_layout(source, carrier):
+            continue
+        copy = graph.node_copy(carrier, lambda arg, via=through, to=source: to if arg is via else arg)
+        copy.meta = dict(carrier.meta)
+        source = copy
+    return _cast(graph, source, like=update.add)
+
+
+def _same_layout(source: fx.Node, cast: fx.Node) -> bool:
+    """Say whether a cast changes nothing for this source: clone and contiguous only copy."""
+    before, after = tensor_of(source), tensor_of(cast)
+    return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _full_shape(graph: fx.Graph, update: Update, like: fx.Node) -> fx.Node:
+    """Return what the update adds, expanded and cast to the stream."""
+    added = update.branch
+    if shape_of(added) != shape_of(update.add):
+        added = _call(graph, aten.expand_as.default, (added, like), like=update.add)
+        branch = tensor_of(update.branch)
+        assert branch is not None
+        added.meta["val"] = branch.expand(tensor_of(update.add).shape)  # type: ignore[union-attr]
+    return _cast(graph, added, like=update.add)
+
+
+def _cast(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    value, wanted = tensor_of(node), tensor_of(like)
+    assert value is not None and wanted is not None
+    if value.dtype == wanted.dtype:
+        return node
+    return _call(graph, aten.to.dtype, (node, wanted.dtype), like=like)
+
+
+def _read(
+    graph: fx.Graph,
+    sources: Sequence[fx.Node],
+    stream: ResidualStream,
+    read: ReadPlan,
+    config: AttnResConfig,
+    like: fx.Node,
+) -> fx.Node:
+    axis, rank = stream.axes[read.state], len(shape_of(like) or ())
+    mixed = [_moved(graph, source, axis, rank - 1, like) for source in sources]
+    query = graph.get_attr(read.query_name)
+    gain = graph.get_attr(f"{read.name}.key_norm") if config.key_norm else None
+    mix = graph.call_function(
+        block_attn_res, (mixed, query), {"key_norm": gain, "eps": config.eps, "output": config.output}
+    )
+    for node in (query, gain, mix):
+        if node is not None:
+            node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    value = tensor_of(like)
+    assert value is not None
+    mix.meta |= {"val": value.movedim(axis, -1), "attn_res": read.name, "from_node": like.meta.get("from_node", [])}
+    return _moved(graph, mix, rank - 1, axis, like)
+
+
+def _moved(graph: fx.Graph, node: fx.Node, source: int, target: int, like: fx.Node) -> fx.Node:
+    """Move one axis of a node; nothing to do when it is in place."""
+    if source == target:
+        return node
+    moved = _call(graph, aten.movedim.int, (node, source, target), like=like)
+    value = tensor_of(node)
+    assert value is not None
+    moved.meta["val"] = value.movedim(source, target)
+    return moved
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload, args: tuple[object, ...], like: fx.Node) -> fx.Node:
+    node = graph.call_function(target, args)  # type: ignore[arg-type]
+    node.meta = dict(like.meta)
+    return node
+
+
+def _erase_dead(graph: fx.Graph, replaced: Sequence[fx.Node]) -> None:
+    """Erase the original adds and carriers that nobody reads any more, the last first."""
+    for node in reversed(replaced):
+        for user in list(node.users):
+            if op_name(user) == "_assert_tensor_metadata":
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)

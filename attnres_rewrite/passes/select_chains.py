@@ -1,0 +1,178 @@
+"""Keep the chains that are residual streams of the network: step 3 of find_stream."""
+
+from collections.abc import Callable, Sequence
+
+import networkx as nx
+import torch
+from torch import fx
+
+from attnres_rewrite.passes import post_norm
+from attnres_rewrite.passes.carriers import carried_input, stream_root
+from attnres_rewrite.passes.chains import Chain
+from attnres_rewrite.passes.reachability import Reachability
+
+_METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+
+
+def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Chain], dict[fx.Node, str]]:
+    """Return the streams, in graph order, and for each add of a dropped chain the reason."""
+    dropped: dict[fx.Node, str] = {}
+
+    def drop(chain: Chain, reason: str) -> None:
+        dropped.update({add.node: reason for add in chain.adds})
+
+    kept: list[Chain] = []
+    alive = _nodes_before_output(reach)
+    for whole in chains:
+        chain = _trimmed(whole)
+        dropped |= {add.node: "adds a value that does not read the stream" for add in set(whole.adds) - set(chain.adds)}
+        if not any(add.kind == "residual" for add in chain.adds):
+            drop(chain, "adds a value that does not read the stream")
+        elif chain.end not in alive:
+            drop(chain, "its result reaches no output")
+        else:
+            kept.append(chain)
+    for reason_of in (_stars, _nested, _cut_by_norm, _single, _exchanging):
+        reasons = reason_of(kept, reach)
+        for index, reason in reasons.items():
+            drop(kept[index], reason)
+        kept = [chain for index, chain in enumerate(kept) if index not in reasons]
+    return sorted(kept, key=lambda chain: reach.position[chain.root]), dropped
+
+
+def _trimmed(chain: Chain) -> Chain:
+    """Cut injections off both ends: in front they belong to the embedding, behind to the head."""
+    root, adds = chain.root, list(chain.adds)
+    while adds and adds[-1].kind == "inject":
+        adds.pop()
+    while len(adds) > 1 and adds[0].kind == "inject" and _only_user(root) is adds[0].node:
+        root = adds.pop(0).node
+    return Chain(root, tuple(adds))
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    """Return the one consumer of a value, through carriers, or None when it has several."""
+    users: list[fx.Node] = []
+    todo = [node]
+    while todo:
+        value = todo.pop()
+        for user in value.users:
+            if carried_input(user) is value:
+                todo.append(user)
+            elif user.target is not _METADATA_CHECK:
+                users.append(user)
+    return users[0] if len(users) == 1 else None
+
+
+def _nodes_before_output(reach: Reachability) -> set[fx.Node]:
+    alive: set[fx.Node] = set()
+    for node in reversed(reach.nodes):
+        if node.op == "output" or any(user in alive for user in node.users):
+            alive.add(node)
+    return alive
+
+
+Reasons = dict[int, str]  # index of a dropped chain -> why
+
+
+def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    """A stream carries its state on: mostly, the next add lies on every way from a state to the outputs.
+
+    A mask or a position bias that is added in every layer is no stream: what follows leaves it behind.
+    """
+    if not chains:
+        return {}
+    closer = _post_dominators(chains, reach)
+    reasons: Reasons = {}
+    for index, chain in enumerate(chains):
+        carried = sum(
+            _passes_through(state, add.node, closer, reach) for state, add in zip(chain.states, chain.adds, strict=False)
+        )
+        if carried * 2 < len(chain.adds):
+            reasons[index] = "adds one value again and again, which no later layer carries on (a mask or a bias)"
+    return reasons
+
+
+def _post_dominators(chains: Sequence[Chain], reach: Reachability) -> dict[fx.Node, fx.Node]:
+    """Map each node to the nearest one that all its ways to the outputs pass; returned states do not count."""
+    states = {state for chain in chains for state in chain.states[:-1]}
+    backwards: nx.DiGraph = nx.DiGraph()
+    output = reach.nodes[-1]
+    for node in reach.nodes:
+        for source in node.all_input_nodes:
+            if node is output and stream_root(source) in states:
+                continue
+            backwards.add_edge(node, source)
+    return nx.immediate_dominators(backwards, output)
+
+
+def _passes_through(state: fx.Node, add: fx.Node, closer: dict[fx.Node, fx.Node], reach: Reachability) -> bool:
+    node = state
+    while node in closer and reach.position[node] < reach.position[add]:
+        following = closer[node]
+        if following is node:
+            return False
+        node = following
+    return node is add
+
+
+def _nested(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    """A chain that starts from another's stream and only feeds back into it lies in a branch of it."""
+    return _pairwise(
+        chains,
+        lambda inner, outer: (
+            _feeds_later(inner, outer, reach)
+            and not _feeds_later(outer, inner, reach)
+            and inner.root is not outer.root
+            and reach.reaches(outer.root, inner.root)
+        ),
+        "lies inside one branch of a stream",
+        reach,
+    )
+
+
+def _exchanging(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    return _pairwise(
+        chains,
+        lambda one, other: _feeds_later(one, other, reach) and _feeds_later(other, one, reach),
+        "belongs to one of several streams that exchange updates",
+        reach,
+    )
+
+
+def _pairwise(
+    chains: Sequence[Chain], test: Callable[[Chain, Chain], bool], reason: str, reach: Reachability
+) -> Reasons:
+    return {
+        index: reason
+        for index, chain in enumerate(chains)
+        if any(other is not chain and test(chain, other) for other in chains)
+    }
+
+
+def _feeds_later(source: Chain, target: Chain, reach: Reachability) -> bool:
+    """Say whether an add of `source` reaches an update of `target` that its root does not know yet."""
+    adds = 0
+    for add in source.adds:
+        adds |= reach.bit[add.node]
+    own = 0
+    for add in target.adds:
+        own |= reach.bit[add.node]
+    return bool(reach.seen[target.end] & ~reach.seen[target.root] & adds & ~own)
+
+
+def _cut_by_norm(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    cut = post_norm.short_runs(chains, post_norm.links(chains))
+    return {
+        index: f"the sum passes through {through} before the next update"
+        + (" (post-norm)" if post_norm.is_norm(through) else "")
+        for index, through in cut.items()
+    }
+
+
+def _single(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    return {
+        index: "is the only update of its stream; a stream has two or more"
+        for index, chain in enumerate(chains)
+        if len(chain.adds) < 2
+    }

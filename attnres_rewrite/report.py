@@ -1,0 +1,182 @@
+"""What a rewrite found, planned and proved, as plain facts: records -> dataclasses of str, int, float.
+
+`RewriteReport.to_dict()` is what `--json` prints, and what a saved rewrite keeps in report.json.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.records import BlockPlan, Captured, FixedDim, LeftAlone
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReport:
+    """One read: the state it replaces, for whom, and its parameters."""
+
+    state: int
+    owner: str
+    source_line: str
+    num_sources: int
+    query_name: str
+    schedule: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """One stream and its plan. A block is (first update, last update), counted from 1."""
+
+    name: str
+    width: int
+    dtype: str
+    num_updates: int
+    update_kinds: dict[str, int]
+    blocks: tuple[tuple[int, int], ...]
+    reads: tuple[ReadReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """How the model became a graph."""
+
+    route: str
+    modes: tuple[str, ...]  # "eval", "train"
+    num_nodes: int  # of the graph of the model's own mode
+    fixed_dims: tuple[FixedDim, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One proof in one mode. Errors are relative; a proof passes when no error exceeds the limit.
+
+    name: "capture" compares the captured graph with the module itself, in the module's dtype;
+    "original" the rewritten graph at zero queries with the original graph; "independent" the rewritten
+    graph at random queries with an interpreter that evaluates the formula.
+    """
+
+    name: str
+    mode: str
+    dtype: str
+    output_error: float
+    gradient_error: float | None  # None: this proof runs forward only, or nothing is differentiable
+    num_outputs: int
+    num_gradients: int
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        # written so that a NaN does not pass
+        return self.output_error <= self.limit and (
+            self.gradient_error is None or self.gradient_error <= self.limit
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Every proof that was run, and what could not be."""
+
+    proofs: tuple[Proof, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.proofs) and all(proof.passed for proof in self.proofs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values; each proof has its `passed`."""
+        proofs = [asdict(proof) | {"passed": proof.passed} for proof in self.proofs]
+        return {"passed": self.passed, "proofs": proofs, "notes": list(self.notes)}
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteReport:
+    """Everything a user may ask about one rewrite."""
+
+    model: str
+    config: dict[str, Any]
+    capture: CaptureReport
+    streams: tuple[StreamReport, ...]
+    left_alone: tuple[LeftAlone, ...]
+    num_parameters_added: int
+    pass_seconds: float  # find_stream to insert_reads, all captured modes
+    verify: VerifyReport | None = None  # None: no proof was run
+
+    @property
+    def reads(self) -> tuple[ReadReport, ...]:
+        return tuple(read for stream in self.streams for read in stream.reads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        facts = asdict(replace(self, verify=None))
+        return facts | {"verify": self.verify.to_dict() if self.verify else None}
+
+
+def describe_config(config: AttnResConfig) -> dict[str, Any]:
+    """Return the fields of `config` as JSON-ready values."""
+    dtype = config.param_dtype
+    return asdict(config) | {"param_dtype": None if dtype is None else dtype_name(dtype)}
+
+
+def describe_stream(plan: BlockPlan) -> StreamReport:
+    """Return the facts of one planned stream."""
+    stream = plan.stream
+    kinds = [update.kind for update in stream.updates]
+    return StreamReport(
+        name=stream.name,
+        width=stream.width,
+        dtype=dtype_name(stream.dtype),
+        num_updates=len(stream.updates),
+        update_kinds={kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        blocks=tuple((block.start, block.stop - 1) for block in plan.blocks),
+        reads=tuple(
+            ReadReport(
+                read.state,
+                read.owner,
+                read.source_line,
+                read.num_sources,
+                read.query_name,
+                read.schedule,
+            )
+            for read in plan.reads
+        ),
+    )
+
+
+def describe_capture(captured: Captured) -> CaptureReport:
+    """Return how the model was captured."""
+    program = captured.programs.get(captured.training) or next(iter(captured.programs.values()))
+    return CaptureReport(
+        route=captured.route,
+        modes=tuple("train" if mode else "eval" for mode in sorted(captured.programs)),
+        num_nodes=len(program.graph.nodes),
+        fixed_dims=captured.fixed_dims,
+        seconds=captured.seconds,
+    )
+
+
+def report_from(
+    model: str,
+    config: AttnResConfig,
+    captured: Captured,
+    plans: Sequence[BlockPlan],
+    left_alone: Sequence[LeftAlone],
+    pass_seconds: float,
+) -> RewriteReport:
+    """Gather the records of a rewrite; the proofs are added when they have run."""
+    gains = 2 if config.key_norm else 1
+    return RewriteReport(
+        model=model,
+        config=describe_config(config),
+        capture=describe_capture(captured),
+        streams=tuple(describe_stream(plan) for plan in plans),
+        left_alone=tuple(left_alone),
+        num_parameters_added=sum(gains * plan.stream.width * len(plan.reads) for plan in plans),
+        pass_seconds=pass_seconds,
+    )
+
+
+def dtype_name(dtype: object) -> str:
+    """Name a torch dtype as users write it: torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,228 @@
+"""Prove a rewrite, on the spot and on any model.
+
+1. original      at zero queries the rewritten graph gives the outputs of the original graph, and the gradients of all
+                 original parameters. output="sum": to rounding. output="mean": to rounding with the norms' eps gone.
+2. independent   at random queries and gains it gives what DepthInterpreter evaluates over the original graph: outputs
+                 and every gradient, those of queries and gains included.
+0. capture       the original graph gives the outputs of the module itself, in the module's own precision.
+
+1 and 2 run in float64 for every mode that was captured, random numbers from one seed.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from attnres_rewrite.errors import CaptureError, explain
+from attnres_rewrite.inputs import flat_inputs
+from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override
+from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
+from attnres_rewrite.report import Proof, VerifyReport, dtype_name
+from attnres_rewrite.witness import DepthInterpreter, random_reads, zero_queries
+
+FLOAT64_LIMIT = 1e-10
+FLOAT32_LIMIT = 1e-5  # where an op has no float64 kernel
+CAPTURE_LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+
+Say = Callable[[str], None]
+Run = tuple[list[Any], list[Tensor | None]]  # flat outputs, gradients
+
+
+def prove(new: RewrittenModule, inputs: ExampleInputs, say: Say) -> VerifyReport:
+    """Run both proofs in every captured mode; `new` is not changed.
+
+    Raises:
+        CaptureError: The inputs or parameters are on the meta device, which holds no numbers.
+    """
+    _refuse_meta(new, inputs)
+    proofs: list[Proof] = []
+    notes: dict[str, None] = {}
+    done: list[Program] = []
+    for mode, program in sorted(new.programs.items()):
+        name = "train" if mode else "eval"
+        if any(program.graph is other.graph for other in done):
+            continue
+        done.append(program)
+        leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
+        state = LiftedState(new, (program.graph, program.original))
+        say(f"prove: equal to the original at zero queries ({name})")
+        proofs.append(_prove_original(new, program, name, state, leaves, notes))
+        say(f"prove: equal to the formula at random queries ({name})")
+        proofs.append(_prove_independent(new, program, name, state, leaves, notes))
+    return VerifyReport(tuple(proofs), tuple(notes))
+
+
+def _refuse_meta(new: RewrittenModule, inputs: ExampleInputs) -> None:
+    values = [*new.parameters(), *pytree.tree_leaves((inputs.args, inputs.kwargs))]
+    if any(isinstance(value, Tensor) and value.is_meta for value in values):
+        raise CaptureError(
+            explain(
+                "nothing can be proven on the meta device: it holds no numbers",
+                None,
+                "The model or its inputs are meta tensors.",
+                "Use inspect, or verify=False, and verify where the weights are.",
+            )
+        )
+
+
+def _prove_original(
+    new: RewrittenModule, program: Program, mode: str, state: LiftedState, leaves: Sequence[Any], notes: dict[str, None]
+) -> Proof:
+    without_eps = new.config.output == "mean"
+    original = LiftedInterpreter(program.original, state, without_eps)
+    rewritten = LiftedInterpreter(
+        program.graph, override(state, zero_queries(program.plans, state.parameters)), without_eps
+    )
+    added = {id(value) for name, value in state.parameters.items() if name in _added_names(program)}
+    wanted = [leaf for leaf in state.leaves() if id(leaf) not in added]
+    reference = _run(original, leaves, wanted)
+    found = _run(rewritten, leaves, wanted)
+    return _compare("original", mode, reference, found, original.float32_ops | rewritten.float32_ops, notes)
+
+
+def _added_names(program: Program) -> set[str]:
+    return {
+        f"{read.name}.{leaf}" for plan in program.plans for read in plan.reads for leaf in ("query", "key_norm")
+    }
+
+
+def _prove_independent(
+    new: RewrittenModule, program: Program, mode: str, state: LiftedState, leaves: Sequence[Any], notes: dict[str, None]
+) -> Proof:
+    random = override(state, random_reads(program.plans, state.parameters, seed=1))
+    witness = DepthInterpreter(program.original, random, program.plans, new.config)
+    rewritten = LiftedInterpreter(program.graph, random)
+    wanted = random.leaves()
+    reference = _run(witness, leaves, wanted)
+    found = _run(rewritten, leaves, wanted)
+    with torch.no_grad():
+        plain = LiftedInterpreter(program.original, state).run_lifted(leaves)[0]
+    if relative_error(plain, reference[0]) < 1e-6:
+        notes[f"{mode}: the outputs hardly depend on the queries, so the second proof says little"] = None
+    return _compare("independent", mode, reference, found, witness.float32_ops | rewritten.float32_ops, notes)
+
+
+def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence[Tensor]) -> Run:
+    """Run forward, and backward from one fixed random weighting of all floating outputs."""
+    with torch.enable_grad():
+        outputs, _ = interpreter.run_lifted(leaves)
+        noise = torch.Generator().manual_seed(2)
+        loss: Tensor | None = None
+        for value in outputs:
+            if isinstance(value, Tensor) and value.dtype.is_floating_point:
+                weight = torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value.device)
+                if value.requires_grad:
+                    finite = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+                    term = (finite * weight).sum()
+                    loss = term if loss is None else loss + term
+    detached = [value.detach() if isinstance(value, Tensor) else value for value in outputs]
+    if loss is None or not wanted:
+        return detached, [None] * len(wanted)
+    return detached, list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def _compare(
+    name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]
+) -> Proof:
+    num_gradients = sum(gradient is not None for gradient in reference[1])
+    if float32_ops:
+        notes[f"no float64 kernel, run in float32: {', '.join(sorted(float32_ops))}"] = None
+    if not num_gradients:
+        notes[f"{mode}: no output is differentiable, so no gradient was compared"] = None
+    return Proof(
+        name=name,
+        mode=mode,
+        dtype="float64",
+        output_error=relative_error(reference[0], found[0]),
+        gradient_error=relative_error(*_as_zeros(reference[1], found[1])) if num_gradients else None,
+        num_outputs=sum(isinstance(value, Tensor) for value in reference[0]),
+        num_gradients=num_gradients,
+        limit=FLOAT32_LIMIT if float32_ops else FLOAT64_LIMIT,
+    )
+
+
+def _as_zeros(reference: list[Tensor | None], found: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Drop the gradients that neither run has; one that only one run has is compared with zeros."""
+    pairs = [(left, right) for left, right in zip(reference, found, strict=True) if left is not None or right is not None]
+    lefts = [left if left is not None else torch.zeros_like(right) for left, right in pairs]  # type: ignore[arg-type]
+    rights = [right if right is not None else torch.zeros_like(left) for left, right in pairs]  # type: ignore[arg-type]
+    return lefts, rights
+
+
+def relative_error(reference: Sequence[Any], found: Sequence[Any]) -> float:
+    """Return the largest difference of any tensor, relative to that tensor's largest value.
+
+    A tensor below a thousandth of the largest one is measured against that thousandth: its own values may be
+    rounding already (the gradient of a key bias is zero in theory). Anything that is not a floating tensor must
+    be equal, and what is not finite must be so at the same places; else the error is infinite.
+    """
+    if len(reference) != len(found):
+        return float("inf")
+    worst = 0.0
+    largest = max((_largest(value) for value in reference), default=0.0)
+    for left, right in zip(reference, found, strict=True):
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            same = left == right
+        elif left.shape != right.shape or left.dtype != right.dtype:
+            same = False
+        elif not left.dtype.is_floating_point:
+            same = torch.equal(left, right)
+        else:
+            finite = torch.isfinite(left)
+            same = bool((finite == torch.isfinite(right)).all())
+            scale = max(_largest(left), 1e-3 * largest)
+            difference = torch.where(finite, left - right, torch.zeros_like(left)).abs()
+            error = float(difference.max()) if difference.numel() else 0.0
+            worst = max(worst, error / scale if scale else error)
+        if not same:
+            return float("inf")
+    return worst
+
+
+def _largest(value: Any) -> float:
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point or not value.numel():
+        return 0.0
+    return float(torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().max())
+
+
+def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> tuple[Proof, ...]:
+    """Compare the captured graph of the model's own mode with the model, forward, in its own precision.
+
+    Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back.
+    """
+    _refuse_meta(new, inputs)
+    say("prove: the capture is faithful")
+    program = new.programs[model.training]
+    leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
+    kept = {name: value.detach().clone() for name, value in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
+        reference = pytree.tree_leaves(model(*args, **kwargs))
+        for name, value in model.named_buffers():
+            value.copy_(kept[name])
+        torch.manual_seed(0)
+        runner = torch.fx.Interpreter(new, graph=program.original)
+        found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
+        for name, value in model.named_buffers():
+            value.copy_(kept[name])
+    dtype = next((value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS), torch.float32)
+    return (
+        Proof(
+            name="capture",
+            mode="train" if model.training else "eval",
+            dtype=dtype_name(dtype),
+            output_error=relative_error(reference, found),
+            gradient_error=None,
+            num_outputs=sum(isinstance(value, Tensor) for value in reference),
+            num_gradients=0,
+            limit=CAPTURE_LIMITS[dtype],
+        ),
+    )
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,122 @@
+"""The independent meaning of a rewrite: an interpreter over the ORIGINAL graph that carries the sources.
+
+It shares no code with insert_reads or the kernels. Each value on a stream is a list of sources beside the
+value that its readers see; an add makes the next list, a carrier maps the list, and the read is evaluated
+by the formula of arXiv 2603.15031, written here once more with a stack and a softmax.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.lifted import LiftedInterpreter, LiftedState
+from attnres_rewrite.records import BlockPlan, ReadPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What happens at the add of update `state`."""
+
+    plan: BlockPlan
+    state: int
+    read: ReadPlan | None
+
+
+class DepthInterpreter(LiftedInterpreter):
+    """Evaluate a planned rewrite without rewriting anything."""
+
+    def __init__(
+        self, graph: fx.Graph, state: LiftedState, plans: Sequence[BlockPlan], config: AttnResConfig
+    ) -> None:
+        super().__init__(graph, state)
+        self.config = config
+        self._roots = {plan.stream.root for plan in plans}
+        self._steps: dict[fx.Node, _Step] = {}
+        self._carriers: dict[fx.Node, fx.Node] = {}  # carrier -> what it carries
+        for plan in plans:
+            reads = {read.state: read for read in plan.reads}
+            for number, update in enumerate(plan.stream.updates, start=1):
+                self._steps[update.add] = _Step(plan, number, reads.get(number))
+                above = plan.stream.states[number - 1]
+                for carrier in update.carriers:
+                    self._carriers[carrier] = above
+                    above = carrier
+        self._sources: dict[fx.Node, list[Tensor]] = {}
+
+    def run_lifted(self, leaves: Sequence[Any], seed: int = 0) -> tuple[list[Any], Any]:
+        """Run on flat inputs, as LiftedInterpreter does, with fresh sources."""
+        self._sources = {}
+        return super().run_lifted(leaves, seed)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node on what its readers see, and carry the sources beside it."""
+        if n in self._steps:
+            return self._mixed(n, self._steps[n])
+        if n in self._carriers:
+            self._sources[n] = [self._apply(n, source) for source in self._sources[self._carriers[n]]]
+        value = super().run_node(n)
+        if n in self._roots:
+            self._sources[n] = [value]
+        return value
+
+    def _apply(self, carrier: fx.Node, source: Tensor) -> Tensor:
+        """Run a carrier on one source in place of the stream value."""
+        above = self._carriers[carrier]
+        args, kwargs = self.fetch_args_kwargs_from_env(carrier)
+        position = carrier.args.index(above)
+        args = (*args[:position], source, *args[position + 1 :])
+        return self.call_function(carrier.target, args, kwargs)
+
+    def _mixed(self, node: fx.Node, step: _Step) -> Tensor:
+        update = step.plan.stream.updates[step.state - 1]
+        sources = list(self._sources[update.stream])
+        added = self.env[update.branch].expand_as(sources[0])
+        if any(step.state == block.start for block in step.plan.blocks):
+            sources.append(added)
+        else:
+            sources[-1] = sources[-1] + added
+        self._sources[node] = sources
+        mixed = torch.stack(sources).sum(0) if step.read is None else self._evaluate(sources, step)
+        if node in self._roots:
+            self._sources[node] = [mixed]
+        return mixed
+
+    def _evaluate(self, sources: Sequence[Tensor], step: _Step) -> Tensor:
+        """softmax over s of query . (RMSNorm(source_s) * gain), times the sources."""
+        assert step.read is not None
+        axis = step.plan.stream.axes[step.state]
+        values = torch.stack(list(sources)).movedim(axis + 1, -1)  # [S, ..., D]
+        assert values.shape[0] == step.read.num_sources
+        keys = values / (values.pow(2).mean(-1, keepdim=True) + self.config.eps).sqrt()
+        parameters = self.state.parameters
+        if self.config.key_norm:
+            keys = keys * parameters[f"{step.read.name}.key_norm"]
+        weights = torch.softmax(torch.einsum("s...d,d->s...", keys, parameters[step.read.query_name]), dim=0)
+        mix = torch.einsum("s...,s...d->...d", weights, values)
+        if self.config.output == "sum":
+            mix = mix * values.shape[0]
+        return mix.movedim(-1, axis)
+
+
+def random_reads(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Draw queries that make logits of order one, and gains around one, for every read."""
+    noise = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Tensor] = {}
+    for plan in plans:
+        for read in plan.reads:
+            for name, centre, spread in ((read.query_name, 0.0, plan.stream.width**-0.5), (f"{read.name}.key_norm", 1.0, 0.1)):
+                if name in parameters:
+                    like = parameters[name]
+                    value = centre + spread * torch.randn(like.shape, generator=noise, dtype=torch.float64)
+                    drawn[name] = value.to(like.device).requires_grad_()
+    return drawn
+
+
+def zero_queries(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a zero query for every read, whatever it has learned."""
+    names = [read.query_name for plan in plans for read in plan.reads]
+    return {name: torch.zeros_like(parameters[name]).requires_grad_() for name in names}

@@ -1,0 +1,89 @@
+"""What is printed, and where."""
+
+import io
+import sys
+import time
+
+from attnres_rewrite.cli import render
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_report_in_a_pipe(report, capsys):
+    render.report(report)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "Tiny",
+        "  captured  torch.export(strict=False), eval mode, 42 nodes, 0.2 s",
+        "  fixed     x[1] = 5: the program takes no other size",
+        "  config    num_blocks=2, output=sum",
+        "  added     32 parameters in 2 reads",
+        "  passes    0.01 s",
+        "",
+        "stream  width 8, float32, 3 updates (3 residual)",
+        "  2 blocks of updates: 1-2, 3",
+        "  state  sources  read by        add at      query                      schedule",
+        "  1      2        layers.1[red]  tiny.py:12  layers.1.attn_res.0.query  direct",
+        "  3      3        (the model)    ?           attn_res.0.query           direct",
+        "",
+        "2 other adds left alone",
+        "  2  it adds [bold] a bias",
+    ]
+
+
+def test_all_adds_lists_each(report, capsys):
+    render.report(report, all_adds=True)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == [
+        "  node   at         in           reason",
+        "  add    tiny.py:3  (the model)  it adds [bold] a bias",
+        "  add_1  tiny.py:4  layers.0     it adds [bold] a bias",
+    ]
+
+
+def test_proofs_show_every_figure(failing, capsys):
+    render.proofs(failing)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "",
+        "proof mode dtype output error gradient error limit compared",
+        "original eval float64 1.0e-15 2.0e-15 1e-10 1 output, 7 gradients proven",
+        "independent eval float64 nan 2.0e-15 1e-10 1 output, 7 gradients FAILED",
+        "note: a note",
+    ]
+
+
+def test_places_are_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert render.place("/venv/lib/site-packages/transformers/qwen.py:7") == "transformers/qwen.py:7"
+    assert render.place(f"{tmp_path}/nets/gpt.py:31") == "nets/gpt.py:31"
+    assert render.place("/elsewhere/gpt.py:31") == "/elsewhere/gpt.py:31"
+    assert render.place("") == "?"
+
+
+def test_no_spinner_without_a_terminal(capsys):
+    with render.working("load") as stage:
+        stage("capture")
+        print("the model talks")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "the model talks\n")
+
+
+def test_the_spinner_names_the_stage_of_long_work(monkeypatch):
+    monkeypatch.setattr(render, "SPINNER_AFTER_S", 0.0)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with render.working("load") as stage:
+        stage("capture [eval]")
+        time.sleep(0.3)
+    assert "capture [eval]" in terminal.getvalue()
+
+
+def test_short_work_shows_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with render.working("load") as stage:
+        stage("capture")
+    assert terminal.getvalue() == ""
