@@ -1,6 +1,7 @@
 """Rewrite the residual stream of any pre-norm transformer into Block Attention Residuals, and prove it."""
 
 from attnres_rewrite.api import inspect, rewrite, verify
+from attnres_rewrite.artifact import load, save
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     AlreadyRewrittenError,
@@ -39,6 +40,8 @@ __all__ = [
     "UnpreservedReadError",
     "VerifyReport",
     "inspect",
+    "load",
     "rewrite",
+    "save",
     "verify",
 ]

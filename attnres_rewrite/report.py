@@ -180,3 +180,44 @@ def report_from(
 def dtype_name(dtype: object) -> str:
     """Name a torch dtype as users write it: torch.float32 -> "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def report_from_dict(facts: dict[str, Any]) -> RewriteReport:
+    """Return the report that `RewriteReport.to_dict` wrote.
+
+    Raises:
+        KeyError: A field is missing.
+        TypeError: A field is not known to this release.
+    """
+    capture = facts["capture"]
+    verify = facts["verify"]
+    return RewriteReport(
+        model=facts["model"],
+        config=facts["config"],
+        capture=CaptureReport(
+            **{
+                **capture,
+                "modes": tuple(capture["modes"]),
+                "fixed_dims": tuple(FixedDim(**dim) for dim in capture["fixed_dims"]),
+            }
+        ),
+        streams=tuple(
+            StreamReport(
+                **{
+                    **stream,
+                    "blocks": tuple((first, last) for first, last in stream["blocks"]),
+                    "reads": tuple(ReadReport(**read) for read in stream["reads"]),
+                }
+            )
+            for stream in facts["streams"]
+        ),
+        left_alone=tuple(LeftAlone(**entry) for entry in facts["left_alone"]),
+        num_parameters_added=facts["num_parameters_added"],
+        pass_seconds=facts["pass_seconds"],
+        verify=None if verify is None else _verify_from_dict(verify),
+    )
+
+
+def _verify_from_dict(facts: dict[str, Any]) -> VerifyReport:
+    proofs = [Proof(**{name: proof[name] for name in proof if name != "passed"}) for proof in facts["proofs"]]
+    return VerifyReport(tuple(proofs), tuple(facts["notes"]))

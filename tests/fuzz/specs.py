@@ -245,13 +245,24 @@ def random_spec(seed: int) -> NetworkSpec:
     draw = random.Random(seed)
     values: dict[str, Any] = {name: _draw_choice(draw, name) for name in CHOICES}
     values |= {name: _draw_cycle(draw, name) for name in CYCLES}
-    if values["topology"] != "single" or values["loops"] > 1:
-        values["layers"] = min(values["layers"], 4)
     if values["source"] == "image":
         values["length"] = draw.choice((4, 6, 8))
         if draw.random() < 0.5:
             values |= {"layout": "grid", "length": draw.choice((4, 8))}
-    return repair(NetworkSpec(seed=seed, **values))
+    spec = repair(NetworkSpec(seed=seed, **values))
+    return repair(replace(spec, layers=min(spec.layers, _affordable_layers(spec))))
+
+
+def _affordable_layers(spec: NetworkSpec) -> int:
+    """Return the depth at which the graph has some 450 nodes: the export of a thousand takes seconds."""
+    mixer = sum(15 + 10 * spec.rotary if kind == "softmax" else 45 for kind in spec.mixers) / len(spec.mixers)
+    mlp = sum(30 if kind in ("moe_dense", "moe_loop", "nested") else 10 for kind in spec.mlps) / len(
+        spec.mlps
+    )
+    norm = 20 if spec.norm.startswith("rms_") else 2
+    per_layer = mixer + mlp + norm * (1 + (spec.norm_place == "sandwich")) + 10
+    stacks = 1 if spec.topology == "single" else 2
+    return max(2, int(450 / (per_layer * stacks * spec.loops)))
 
 
 def _draw_choice(draw: random.Random, name: str) -> Any:

@@ -133,7 +133,7 @@ def decoders() -> list[Spec]:
     return [
         hf("gpt2", "GPT2LMHeadModel", SEQUENTIAL, GPT),
         hf("gpt_neo", "GPTNeoForCausalLM", SEQUENTIAL, DENSE, num_layers=LAYERS, num_heads=4,
-           attention_types=[[["global", "local"], 2]]),
+           attention_types=[[["global", "local"], 1], [["global"], 1]]),
         hf("gpt_bigcode", "GPTBigCodeForCausalLM", SEQUENTIAL, GPT),
         hf("gptj", "GPTJForCausalLM", PARALLEL, GPT, rotary_dim=8),
         hf("codegen", "CodeGenForCausalLM", PARALLEL, GPT, rotary_dim=8),

@@ -1,0 +1,354 @@
+"""Save a rewritten model in a folder, and load it without running anybody's code.
+
+attnres.json         format, versions, config, mode, the hash of the source graph, and a SHA-256 of every other file
+program.json         the graphs of each mode (original and rewritten), the plans, and the table of tensors
+weights.safetensors  parameters, buffers and constants, tied ones once
+inputs.safetensors   the example inputs, so that `verify` can run the proofs again
+report.json          what was found, planned and proved
+
+A folder is written under another name and renamed when it is whole. Nothing is unpickled on the way back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import ArtifactError, explain
+from attnres_rewrite.graph_json import graph_from_json, graph_to_json
+from attnres_rewrite.inputs import flat_inputs
+from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule, attribute, constants_of
+from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream, Update
+from attnres_rewrite.report import RewriteReport, report_from_dict
+
+FORMAT, FORMAT_VERSION = "attnres-rewrite", 1
+HEADER = "attnres.json"
+
+
+def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write `new` to `folder`, all of it or nothing.
+
+    Args:
+        new: The result of `rewrite` or `load`.
+        folder: Must not exist, unless `force`.
+        force: Replace an earlier save; anything else that is there is left alone.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        ArtifactError: The folder exists, or the model holds something that cannot be saved.
+    """
+    target = Path(folder).absolute()
+    _refuse_to_overwrite(target, force)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write(new, draft)
+        _move_into_place(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _refuse_to_overwrite(target: Path, force: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise ArtifactError(explain("the folder exists", str(target), "", "Give another name, or force=True (--force)."))
+    if not (target / HEADER).is_file():
+        raise ArtifactError(
+            explain(
+                "what is there is not a saved rewrite, and is not replaced",
+                str(target),
+                f"It has no {HEADER}.",
+                "Give another name, or remove it yourself.",
+            )
+        )
+
+
+def _write(new: RewrittenModule, draft: Path) -> None:
+    tensors, table = _tensors_of(new)
+    safetensors.torch.save_file(tensors, draft / "weights.safetensors")
+    programs = {id(program): program for program in new.programs.values()}
+    order = list(programs)
+    leaves = flat_inputs(
+        next(iter(programs.values())).original, new.example_inputs.args, new.example_inputs.kwargs
+    )
+    inputs = {str(index): leaf.detach().contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    safetensors.torch.save_file({name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors")
+    facts = {
+        "modes": {_mode_name(mode): order.index(id(program)) for mode, program in new.programs.items()},
+        "programs": [_program_to_json(program) for program in programs.values()],
+        "bodies": {name: graph_to_json(body.graph) for name, body in _bodies_of(new)},
+        "tensors": table,
+        "inputs": [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+    }
+    _write_json(draft / "program.json", facts)
+    _write_json(draft / "report.json", new.report.to_dict())
+    source = json.dumps([program["original"] for program in facts["programs"]], sort_keys=True)
+    header = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "torch": torch.__version__,
+        "config": new.report.config,
+        "training": new.training,
+        "source_sha256": hashlib.sha256(source.encode()).hexdigest(),
+        "files": {path.name: _sha256(path) for path in sorted(draft.iterdir())},
+    }
+    _write_json(draft / HEADER, header)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, allow_nan=False, separators=(",", ":")))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_into_place(draft: Path, target: Path) -> None:
+    """Rename the finished draft to its name; an earlier save is moved aside first and then removed."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "old"
+    target.rename(aside)
+    try:
+        draft.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _mode_name(mode: bool) -> str:
+    return "train" if mode else "eval"
+
+
+def _tensors_of(new: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors to store, each once, and for every name what it is."""
+    stored: dict[str, Tensor] = {}
+    first_name: dict[int, str] = {}
+    table: dict[str, Any] = {}
+    for name, value, facts in _named_tensors(new):
+        known = first_name.setdefault(id(value), name)
+        if known == name:
+            stored[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        table[name] = facts | {"stored_as": known, "device": str(value.device)}
+    return stored, table
+
+
+def _named_tensors(new: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    for prefix, module in new.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for name, value in module._parameters.items():
+            if value is not None:
+                yield dot + name, value, {"kind": "parameter", "requires_grad": value.requires_grad}
+        for name, value in module._buffers.items():
+            if value is not None:
+                yield dot + name, value, {"kind": "buffer", "persistent": name not in module._non_persistent_buffers_set}
+        for name, value in constants_of(module).items():
+            yield dot + name, value, {"kind": "constant"}
+
+
+def _bodies_of(new: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yield the bodies of higher-order ops, inner ones last."""
+    for name, module in new.named_modules(remove_duplicate=False):
+        if name and isinstance(module, fx.GraphModule):
+            yield name, module
+
+
+def _program_to_json(program: Program) -> Any:
+    return {
+        "graph": graph_to_json(program.graph),
+        "original": graph_to_json(program.original),
+        "plans": [_plan_to_json(plan) for plan in program.plans],
+    }
+
+
+def _plan_to_json(plan: BlockPlan) -> Any:
+    stream = plan.stream
+    return {
+        "name": stream.name,
+        "root": stream.root.name,
+        "width": stream.width,
+        "dtype": str(stream.dtype).removeprefix("torch."),
+        "axes": list(stream.axes),
+        "readers": [[reader.name for reader in readers] for readers in stream.readers],
+        "scale_culprits": list(stream.scale_culprits),
+        "updates": [
+            {
+                "add": update.add.name,
+                "stream": update.stream.name,
+                "branch_position": update.branch_position,
+                "kind": update.kind,
+                "carriers": [carrier.name for carrier in update.carriers],
+            }
+            for update in stream.updates
+        ],
+        "blocks": [[block.start, block.stop] for block in plan.blocks],
+        "reads": [
+            [read.state, read.owner, read.source_line, read.num_sources, read.name, read.schedule]
+            for read in plan.reads
+        ],
+    }
+
+
+def load(folder: str | os.PathLike[str]) -> RewrittenModule:
+    """Read a saved rewrite; no pickle, no code of the model.
+
+    The folder is checked whole before anything is built. Import the library that defines the model's output class
+    first where it has one of its own; transformers is imported when needed.
+
+    Raises:
+        ArtifactError: The folder is no saved rewrite, is damaged, or is of a newer format.
+    """
+    path = Path(folder).absolute()
+    header = _checked_header(path)
+    try:
+        return _build(path, header)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as why:
+        raise ArtifactError(
+            explain("the saved rewrite cannot be read", str(path), f"{type(why).__name__}: {why}", "Save it again.")
+        ) from why
+
+
+def _checked_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((path / HEADER).read_text())
+    except (OSError, ValueError) as why:
+        raise ArtifactError(
+            explain("not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save.")
+        ) from why
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ArtifactError(explain("not a saved rewrite", str(path), f"{HEADER} names another format."))
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            explain(
+                f"the saved rewrite has format {header.get('format_version')}; this release reads {FORMAT_VERSION}",
+                str(path),
+                "",
+                "Use the release that wrote it, or rewrite the model again.",
+            )
+        )
+    for name, digest in header.get("files", {}).items():
+        file = path / Path(name).name
+        if not file.is_file() or _sha256(file) != digest:
+            state = "is damaged or was changed" if file.is_file() else "is missing"
+            raise ArtifactError(explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again."))
+    return header
+
+
+def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
+    facts = json.loads((path / "program.json").read_text())
+    _import_output_classes(facts)
+    tree = _tree_from(facts, safetensors.torch.load_file(path / "weights.safetensors"))
+    programs = [_program_from_json(program) for program in facts["programs"]]
+    for program in programs:
+        for graph in (program.graph, program.original):
+            graph.owning_module = None
+    modes = {name == "train": programs[index] for name, index in facts["modes"].items()}
+    report: RewriteReport = report_from_dict(json.loads((path / "report.json").read_text()))
+    inputs = safetensors.torch.load_file(path / "inputs.safetensors")
+    leaves = [inputs.get(str(index), value) for index, value in enumerate(facts["inputs"])]
+    example = _example_inputs(programs[0].original, leaves)
+    return RewrittenModule(tree, modes, header["training"], _config_from(header["config"]), report, example)
+
+
+def _import_output_classes(facts: Mapping[str, Any]) -> None:
+    """Register the output classes of transformers, whose names appear in the calling convention."""
+    if any("transformers." in str(program[name]["call"]) for program in facts["programs"] for name in ("graph", "original")):
+        try:
+            import transformers.modeling_outputs  # noqa: F401, PLC0415
+        except ImportError as why:
+            raise ArtifactError("the saved model returns a class of transformers, which is not installed") from why
+
+
+def _tree_from(facts: Mapping[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:
+    tree = nn.Module()
+    for name, body in facts["bodies"].items():
+        _holder(tree, name.rpartition(".")[0]).add_module(
+            name.rpartition(".")[2], fx.GraphModule(nn.Module(), graph_from_json(body)[0])
+        )
+    made: dict[str, Tensor] = {}
+    for name, entry in facts["tensors"].items():
+        source = entry["stored_as"]
+        if source not in made:
+            value = stored[source].to(entry["device"])
+            is_parameter = entry["kind"] == "parameter"
+            made[source] = nn.Parameter(value, entry["requires_grad"]) if is_parameter else value
+        holder, leaf = _holder(tree, name.rpartition(".")[0]), name.rpartition(".")[2]
+        if entry["kind"] == "buffer":
+            holder.register_buffer(leaf, made[source], persistent=entry["persistent"])
+        else:
+            setattr(holder, leaf, made[source])
+    return tree
+
+
+def _holder(tree: nn.Module, name: str) -> nn.Module:
+    module = tree
+    for part in name.split(".") if name else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = attribute(module, part)
+    return module
+
+
+def _program_from_json(data: Any) -> Program:
+    graph, _ = graph_from_json(data["graph"])
+    original, nodes = graph_from_json(data["original"])
+    return Program(graph, original, tuple(_plan_from_json(plan, nodes) for plan in data["plans"]))
+
+
+def _plan_from_json(data: Any, nodes: Mapping[str, fx.Node]) -> BlockPlan:
+    updates = tuple(
+        Update(
+            nodes[update["add"]],
+            nodes[update["stream"]],
+            update["branch_position"],
+            update["kind"],
+            tuple(nodes[name] for name in update["carriers"]),
+        )
+        for update in data["updates"]
+    )
+    stream = ResidualStream(
+        data["name"],
+        nodes[data["root"]],
+        updates,
+        data["width"],
+        getattr(torch, data["dtype"]),
+        tuple(data["axes"]),
+        tuple(tuple(nodes[name] for name in readers) for readers in data["readers"]),
+        tuple(data["scale_culprits"]),
+    )
+    blocks = tuple(range(*block) for block in data["blocks"])
+    return BlockPlan(stream, blocks, tuple(ReadPlan(*read) for read in data["reads"]))
+
+
+def _config_from(data: Mapping[str, Any]) -> AttnResConfig:
+    dtype = data["param_dtype"]
+    return AttnResConfig(**{**data, "param_dtype": None if dtype is None else getattr(torch, dtype)})
+
+
+def _example_inputs(graph: fx.Graph, leaves: list[Any]) -> ExampleInputs:
+    info = getattr(graph._codegen, "pytree_info", None)
+    if info is None:
+        return ExampleInputs(tuple(leaves), {})
+    args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
+    return ExampleInputs(tuple(args), dict(kwargs))
+
+
