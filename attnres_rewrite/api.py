@@ -17,6 +17,7 @@ from attnres_rewrite.capture import capture
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, ProofError, explain
+from attnres_rewrite.inputs import plain_inputs
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
@@ -67,7 +68,8 @@ def rewrite(
         ValueError: `config` does not fit the model.
     """
     say = progress or (lambda stage: None)
-    captured = capture(model, args, kwargs, dynamic_shapes, progress=progress)
+    inputs = ExampleInputs(*plain_inputs((tuple(args), dict(kwargs or {}))))
+    captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
     say("find the stream, plan the blocks, insert the reads")
     start = time.perf_counter()
     planned = {id(program): _plan(program, config) for program in captured.programs.values()}
@@ -80,7 +82,6 @@ def rewrite(
     programs = {mode: rewritten[id(program)] for mode, program in captured.programs.items()}
     seconds = time.perf_counter() - start
     report = report_from(_name_of(model), config, captured, own.plans, own.search.left_alone, seconds)
-    inputs = ExampleInputs(tuple(args), dict(kwargs or {}))
     new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
     if verify:
         faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
@@ -104,6 +105,7 @@ def inspect(
     Takes and raises what `rewrite` does. Works on meta tensors.
     """
     say = progress or (lambda stage: None)
+    args, kwargs = plain_inputs((tuple(args), dict(kwargs or {})))
     captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
     say("find the stream, plan the blocks")
     start = time.perf_counter()

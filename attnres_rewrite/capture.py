@@ -27,8 +27,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.copying import copy_graph
+from attnres_rewrite.dynamo_graph import without_number_inputs
 from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, GraphBreakError, explain
-from attnres_rewrite.fxgraph import shape_of, tensor_of
+from attnres_rewrite.fxgraph import argument, op_name, shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.module import adopt_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
@@ -88,6 +89,8 @@ def capture(
         return _from_graph_module(model, start)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
+    if isinstance(model, fx.GraphModule):
+        model = without_number_inputs(model, args)
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None
     for mode in [model.training, not model.training] if both_modes else [model.training]:
@@ -228,14 +231,39 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _from_program(program: ExportedProgram, route: str, start: float) -> Captured:
     gm = _normalised(program)
-    return _captured({gm.training: gm}, gm.training, route, start)
+    return _of_one_graph(gm, gm.training, route, start)
 
 
 def _from_graph_module(model: fx.GraphModule, start: float) -> Captured:
     gm = _copy_graph_module(model)
     _drop_torch_guards(gm)
     _add_input_check(gm)
-    return _captured({model.training: gm}, model.training, "torch.fx.GraphModule of ATen calls", start)
+    return _of_one_graph(gm, model.training, "torch.fx.GraphModule of ATen calls", start)
+
+
+def _of_one_graph(gm: fx.GraphModule, training: bool, route: str, start: float) -> Captured:
+    """Say which mode a finished graph is of: the one its dropouts and batch norms show, or both without any."""
+    modes = {mode for node in gm.graph.nodes if (mode := _mode_of(node)) is not None}
+    if not modes:
+        return _captured({True: gm, False: gm}, training, route, start)
+    mode = True in modes
+    gm.training = mode
+    return _captured({mode: gm}, mode, route, start)
+
+
+def _mode_of(node: fx.Node) -> bool | None:
+    position, name = _MODE_ARGUMENTS.get(op_name(node), (0, ""))
+    return bool(argument(node, position, name)) if name else None
+
+
+# where an op says whether it is training
+_MODE_ARGUMENTS = {
+    "dropout": (2, "train"),
+    "native_dropout": (2, "train"),
+    "alpha_dropout": (2, "train"),
+    "feature_dropout": (2, "train"),
+    "batch_norm": (5, "training"),
+}
 
 
 def _copy_graph_module(model: fx.GraphModule) -> fx.GraphModule:

@@ -9,6 +9,7 @@ from torch import fx
 
 # The last frame of a stack trace is the line that ran; torch's own frames are not in it.
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_SUBSCRIPT = re.compile(r"\['?([^'\]]+)'?\]")
 _REPEATED_CALL = re.compile(r"@\d+")
 
 
@@ -69,7 +70,15 @@ def source_line(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> tuple[str, ...]:
     """Return the FQNs of the modules around the node, outermost (the model, "") first."""
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(_REPEATED_CALL.sub("", entry[0]) for entry in stack.values())
+    return tuple(_fqn(entry[0]) for entry in stack.values())
+
+
+def _fqn(name: str) -> str:
+    """Clean a module name: export marks repeated calls "l@1", Dynamo writes L['self']._modules['h'].0."""
+    name = _REPEATED_CALL.sub("", name)
+    if name.startswith("L["):
+        name = _SUBSCRIPT.sub(r".\1", name.partition("]")[2].replace("._modules[", "[")).lstrip(".")
+    return name
 
 
 def owner_of(node: fx.Node) -> str:

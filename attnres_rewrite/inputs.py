@@ -43,6 +43,12 @@ def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> Non
 fx.node.has_side_effect(check_inputs)
 
 
+def plain_inputs(inputs: Any) -> Any:
+    """Return nested inputs with the symbolic numbers that Dynamo hands out made plain."""
+    plain = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+    return pytree.tree_map(lambda leaf: plain[type(leaf)](leaf) if type(leaf) in plain else leaf, inputs)
+
+
 def flat_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Bind a call to the arguments of a captured graph and flatten it to its placeholders.
 

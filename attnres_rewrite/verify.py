@@ -195,7 +195,7 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     """
     _refuse_meta(new, inputs)
     say("prove: the capture is faithful")
-    program = new.programs[model.training]
+    program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
     kept = {name: value.detach().clone() for name, value in model.named_buffers()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -213,7 +213,7 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     return (
         Proof(
             name="capture",
-            mode="train" if model.training else "eval",
+            mode="train" if new.training else "eval",
             dtype=dtype_name(dtype),
             output_error=relative_error(reference, found),
             gradient_error=None,

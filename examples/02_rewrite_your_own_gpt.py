@@ -11,8 +11,8 @@ def main() -> None:
     # Look first: inspect changes nothing.
     report = ar.inspect(model, args, config=ar.AttnResConfig(block_layers=2))
     for read in report.streams[0].reads:
-        print(f"state {read.state:2} of {read.num_sources} sources, read by {read.owner}: {read.query_name}")
-    print(f"{len(report.left_alone)} adds left alone, such as: {report.left_alone[0].reason}")
+        print(f"state {read.state:2}, read by {read.owner or 'the model'}: {read.num_sources} sources")
+    print(f"left alone: {report.left_alone[0].source_line}, which {report.left_alone[0].reason}")
 
     new = ar.rewrite(model, args, config=ar.AttnResConfig(block_layers=2))
 
@@ -26,7 +26,8 @@ def main() -> None:
     new.train()
     loss = new(*args).square().mean()
     loss.backward()
-    print(f"the first query has a gradient of norm {new.get_parameter(added[-1]).grad.norm():.1e}")
+    query = new.get_parameter("layers.3.attn_res.1.query")
+    print(f"a query at zero has a gradient: its norm is {query.grad.norm():.1e}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a rewritten GPT from its zero queries, where it starts as the original, on a copying task."""
+"""Train a rewritten GPT from its zero queries, where it starts as the original, on counting."""
 
 import gpt
 import torch
@@ -7,20 +7,21 @@ from torch.nn import functional as F
 
 import attnres_rewrite as ar
 
-STEPS, BATCH, LENGTH = 60, 16, 16
+STEPS, BATCH, LENGTH, VOCAB = 60, 16, 24, 32
 
 
 def batch(generator: torch.Generator) -> Tensor:
-    """Draw ids [batch, 2 * length] whose second half repeats the first."""
-    half = torch.randint(0, 32, (BATCH, LENGTH), generator=generator)
-    return torch.cat((half, half), dim=1)
+    """Draw ids [batch, length] that count up by 1, 2 or 3 from anywhere, modulo the vocabulary."""
+    start = torch.randint(0, VOCAB, (BATCH, 1), generator=generator)
+    step = torch.randint(1, 4, (BATCH, 1), generator=generator)
+    return (start + step * torch.arange(LENGTH)) % VOCAB
 
 
 def main() -> None:
     torch.manual_seed(0)
-    model = gpt.GPT(vocab=32, width=64, depth=4, context=2 * LENGTH, dropout=0.0).train()
+    model = gpt.GPT(vocab=VOCAB, width=64, depth=3, context=LENGTH, dropout=0.0).train()
     generator = torch.Generator().manual_seed(0)
-    new = ar.rewrite(model, (batch(generator)[:, :-1],), config=ar.AttnResConfig(num_blocks=4)).train()
+    new = ar.rewrite(model, (batch(generator)[:, :-1],), config=ar.AttnResConfig(num_blocks=3)).train()
 
     queries = [p for name, p in new.named_parameters() if name.endswith(".query")]
     assert all(not query.any() for query in queries), "a rewrite starts at zero queries"

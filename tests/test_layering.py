@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 LEVELS = (
     {"errors"},
     {"config", "records", "fxgraph", "inputs", "copying", "kernels"},
-    {"capture", "module", "passes", "report", "verify", "lifted", "witness"},
-    {"pipeline", "artifact", "api"},
+    {"capture", "dynamo_graph", "module", "passes", "report", "verify", "lifted", "witness"},
+    {"pipeline", "artifact", "graph_json", "api"},
     {"backend", "cli"},
     {"__init__", "__main__"},
 )
@@ -31,7 +31,7 @@ ONLY_IN = {
     "triton": {"kernels"},
     "rich": {"cli"},
     "typer": {"cli"},
-    "transformers": {"cli"},
+    "transformers": {"artifact", "cli"},
     "networkx": {"passes", "pipeline"},
 }
 

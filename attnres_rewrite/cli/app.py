@@ -178,6 +178,7 @@ def rewrite(
         render.facts(new.report.to_dict() | {"saved": str(saved)})
         return
     render.report(new.report)
+    render.line("")
     if new.report.verify is not None:
         render.proofs(new.report.verify)
     render.line(f"saved  {saved}")

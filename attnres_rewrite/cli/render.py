@@ -202,7 +202,6 @@ def proofs(figures: "VerifyReport") -> None:
             compared,
             verdict,
         )
-    console.print()
     console.print(table)
     for text in figures.notes:
         console.print(f"  note: {text}", soft_wrap=True)

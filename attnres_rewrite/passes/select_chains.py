@@ -90,6 +90,9 @@ def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
         )
         if carried * 2 < len(chain.adds):
             reasons[index] = "adds one value again and again, which no later layer carries on (a mask or a bias)"
+    if len(reasons) == len(chains):
+        # with no stream left to carry them, states that leak into each other are streams that exchange updates
+        reasons |= _exchanging(chains, reach)
     return reasons
 
 

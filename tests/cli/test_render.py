@@ -48,7 +48,6 @@ def test_proofs_show_every_figure(failing, capsys):
     render.proofs(failing)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        "",
         "proof mode dtype output error gradient error limit compared",
         "original eval float64 1.0e-15 2.0e-15 1e-10 1 output, 7 gradients proven",
         "independent eval float64 nan 2.0e-15 1e-10 1 output, 7 gradients FAILED",

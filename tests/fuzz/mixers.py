@@ -41,7 +41,7 @@ class ScoreBias(nn.Module):
             slopes = 0.5 ** torch.arange(1, self.heads + 1, device=like.device, dtype=like.dtype)
             bias = slopes[:, None, None] * distance.to(like.dtype)
         else:
-            bias = like.new_zeros(self.heads, length, length)
+            bias = torch.zeros(self.heads, length, length, device=like.device, dtype=like.dtype)
             bias = bias.masked_fill(distance > 0, float("-inf"))
         return bias[None].expand(batch, -1, -1, -1).contiguous()
 

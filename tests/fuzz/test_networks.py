@@ -1,6 +1,5 @@
 """The generator itself: specs print and rebuild, networks run, and `known` is in the exported graph."""
 
-import time
 from typing import Any
 
 import pytest
@@ -125,15 +124,10 @@ def test_trainable_networks_give_gradients(seed: int) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_networks_are_quick_to_export() -> None:
-    elapsed_s = []
-    for seed in range(12):
-        made = build(random_spec(seed))
-        start = time.process_time()
-        capture(made, train=False)
-        elapsed_s.append(time.process_time() - start)
-    # the first export of a process pays for imports
-    assert sorted(elapsed_s)[len(elapsed_s) // 2] < 1.0
+def test_most_graphs_are_small() -> None:
+    sizes = sorted(len(capture(build(random_spec(seed)), False).graph.nodes) for seed in range(40))
+    assert sizes[len(sizes) // 2] < 450
+    assert sizes[-1] < 2000
 
 
 @pytest.mark.parametrize("negative", negative_specs(), ids=lambda negative: negative.name)

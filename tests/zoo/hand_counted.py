@@ -60,7 +60,10 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
-DINOV2 = {k: v for k, v in VISION.items() if k != "intermediate_size"} | {"mlp_ratio": 2, "drop_path_rate": 0.1}
+DINOV2 = {k: v for k, v in VISION.items() if k != "intermediate_size"} | {
+    "mlp_ratio": 2,
+    "drop_path_rate": 0.1,
+}
 WHISPER = {k: v for k, v in ENCODER_DECODER.items() if k != "max_position_embeddings"} | {
     "num_mel_bins": 16,
     "max_source_positions": 20,

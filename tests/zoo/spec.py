@@ -84,9 +84,7 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d))
 
 
-def token_ids(
-    length: int = SEQUENCE, vocab: int = VOCAB, seed: int = 1, rows: int = BATCH
-) -> torch.Tensor:
+def token_ids(length: int = SEQUENCE, vocab: int = VOCAB, seed: int = 1, rows: int = BATCH) -> torch.Tensor:
     """Return ids [rows, length], none of them special (pad, bos and eos are 0, 1, 2)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab, (rows, length), generator=generator)

@@ -10,7 +10,13 @@ from torch import nn
 from tests.zoo.spec import BATCH, HIDDEN, LAYERS, Inputs, Spec, noise, redraw
 from tests.zoo.torchvision_cure import define_missing_ops
 
-VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4}
+VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": HIDDEN,
+    "depth": LAYERS,
+    "num_heads": 4,
+}
 MIXER = {"img_size": 32, "patch_size": 8, "embed_dim": HIDDEN, "num_blocks": LAYERS}
 SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 32}
 TWO_A_LAYER = (2 * LAYERS,)
@@ -25,7 +31,8 @@ def build(architecture: str, fields: dict[str, Any]) -> nn.Module:
     if "." not in architecture:
         return redraw(timm.create_model(architecture, pretrained=False, num_classes=10, **fields))
     file, model_class = architecture.split(".")
-    return redraw(getattr(importlib.import_module(f"timm.models.{file}"), model_class)(num_classes=10, **fields))
+    chosen = getattr(importlib.import_module(f"timm.models.{file}"), model_class)
+    return redraw(chosen(num_classes=10, **fields))
 
 
 def _images(size: int) -> Inputs:
@@ -68,6 +75,7 @@ def hand_counted_timm() -> list[Spec]:
 
 
 STAGES: dict[str, Any] = {"depths": (1, 1, 2, 1)}
+# fmt: off
 # architecture -> side of the image, arguments of its constructor
 SWEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "aimv2_large_patch14_224": (32, VIT),
@@ -91,7 +99,8 @@ SWEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "fastvit_t8": (64, {}),
     "flexivit_small": (32, VIT),
     "focalnet.FocalNet": (64, {"depths": (1, 1, 2, 1), "embed_dim": 16}),
-    "gcvit.GlobalContextVit": (64, {"img_size": 64, "depths": (1, 1, 2, 1), "embed_dim": 16, "window_size": 2}),
+    "gcvit.GlobalContextVit": (
+        64, {"img_size": 64, "depths": (1, 1, 2, 1), "embed_dim": 16, "window_size": 2}),
     "gmlp_ti16_224": (64, {"img_size": 64}),
     "hiera_tiny_224": (64, {"img_size": (64, 64), "embed_dim": 32, "stages": (1, 1, 2, 1)}),
     "inception_next_atto": (64, {}),
@@ -99,8 +108,10 @@ SWEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "mambaout_femto": (64, STAGES | {"dims": (16, 32, 64, 64)}),
     "metaformer.MetaFormer": (64, {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 64)}),
     "mobilevit_xxs": (64, {}),
-    "naflexvit_base_patch16_gap": (32, {"patch_size": 8, "embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4}),
-    "nest.Nest": (64, {"img_size": 64, "embed_dims": (32, 64, 64), "num_heads": (2, 4, 4), "depths": (1, 1, 2)}),
+    "naflexvit_base_patch16_gap": (
+        32, {"patch_size": 8, "embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4}),
+    "nest.Nest": (
+        64, {"img_size": 64, "embed_dims": (32, 64, 64), "num_heads": (2, 4, 4), "depths": (1, 1, 2)}),
     "pit_ti_224": (224, {}),
     "pvt_v2_b0": (64, {}),
     "regnetx_002": (64, {}),
@@ -108,10 +119,15 @@ SWEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "resmlp_12_224": (64, {"img_size": 64}),
     "resnet18": (64, {}),
     "samvit_base_patch16_224": (32, VIT | {"window_size": 2, "global_attn_indexes": (2,)}),
-    "sequencer2d_s": (64, {"layers": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 64), "hidden_sizes": (8, 16, 16, 16)}),
+    "sequencer2d_s": (
+        64, {"layers": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 64), "hidden_sizes": (8, 16, 16, 16)}),
     "swiftformer_xs": (224, {}),
-    "swinv2_cr_tiny_224": (64, {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}),
-    "swinv2_tiny_window8_256": (64, {"img_size": 64, "window_size": 4, "patch_size": 2, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}),
+    "swinv2_cr_tiny_224": (
+        64, {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (2, 2),
+        "num_heads": (2, 4)}),
+    "swinv2_tiny_window8_256": (
+        64, {"img_size": 64, "window_size": 4, "patch_size": 2, "embed_dim": 32, "depths": (2, 2),
+        "num_heads": (2, 4)}),
     "tiny_vit_5m_224": (224, {}),
     "tnt_s_patch16_224": (64, {"img_size": 64, "embed_dim": 96, "depth": LAYERS}),
     "twins_pcpvt_small": (64, {"img_size": 64, "depths": (1, 1, 2, 1)}),
@@ -123,9 +139,12 @@ SWEPT: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_small_patch14_dinov2": (32, VIT),
     "vit_small_patch16_dinov3": (32, VIT),
     "vit_wee_patch16_reg1_gap_256": (32, VIT),
-    "volo.VOLO": (64, {"img_size": 64, "layers": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 4, 4, 4)}),
+    "volo.VOLO": (
+        64, {"img_size": 64, "layers": (1, 1, 2, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 4, 4,
+        4)}),
     "xcit_nano_12_p16_224": (64, {"img_size": 64, "embed_dim": HIDDEN, "depth": LAYERS, "num_heads": 4}),
-}  # fmt: skip
+}
+# fmt: on
 
 
 def timm_sweep() -> tuple[Spec, ...]:

@@ -1,0 +1,104 @@
+"""The whole product on one generated network: failure(spec) -> None, or what went wrong."""
+
+import random
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import attnres_rewrite as ar
+from attnres_rewrite.capture import capture
+from attnres_rewrite.passes.find_stream import find_stream
+from attnres_rewrite.passes.normalize_adds import normalize_adds
+
+from .graphs import innermost_module
+from .networks import Generated, build
+from .specs import NetworkSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A step that failed. Two failures are alike when step and error class are."""
+
+    step: str  # "found", "rewrite", "report", "gradients"
+    error: str
+    details: str
+
+    def alike(self, other: "Failure | None") -> bool:
+        return other is not None and (self.step, self.error) == (other.step, other.error)
+
+
+def failure(spec: NetworkSpec) -> Failure | None:
+    """Find, rewrite, prove and train the network of `spec`; return the first step that fails."""
+    made = build(spec)
+    new: ar.RewrittenModule | None = None
+    step = "found"
+    try:
+        check_found(made)
+        step = "rewrite"
+        new = ar.rewrite(made.model, made.args, config=random_config(spec, made))
+        step = "report"
+        check_report(made, new)
+        step = "gradients"
+        check_gradients(made, new)
+    except Exception as why:
+        # the message of an assertion that pytest did not rewrite may be empty
+        details = str(why) or traceback.format_exc(limit=-1)
+        return Failure(step, type(why).__name__, details)
+    return None
+
+
+def random_config(spec: NetworkSpec, made: Generated) -> ar.AttnResConfig:
+    """Draw the config to rewrite with from the seed of the spec."""
+    draw = random.Random(f"config {spec.seed}")
+    output = draw.choice(("sum", "mean"))
+    key_norm = draw.random() < 0.8
+    fewest = min(len(stream) for stream in made.known)
+    grouping: dict[str, Any] = draw.choice(
+        (
+            {},
+            {"num_blocks": "full"},
+            {"num_blocks": draw.randint(1, fewest)},
+            {"block_size": draw.randint(1, 4)},
+        )
+    )
+    return ar.AttnResConfig(output=output if made.mean_preserves else "sum", key_norm=key_norm, **grouping)
+
+
+def found_updates(model: nn.Module, args: tuple[Any, ...]) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """Yield, for each captured mode, the modules that add to each stream."""
+    for program in capture(model, args).programs.values():
+        normalize_adds(program)
+        streams = find_stream(program).streams
+        yield tuple(tuple(innermost_module(update.add) for update in s.updates) for s in streams)
+
+
+def check_found(made: Generated) -> None:
+    """The updates found are the known ones, in order, whatever the order of the streams."""
+    for found in found_updates(made.model, made.args):
+        assert sorted(found) == sorted(made.known), f"found {found}\nknown {made.known}"
+
+
+def check_report(made: Generated, new: ar.RewrittenModule) -> None:
+    """The proofs passed, and the report counts what is known."""
+    assert new.report.verify is not None
+    assert new.report.verify.passed, new.report.verify
+    counted = sorted(stream.num_updates for stream in new.report.streams)
+    assert counted == sorted(len(stream) for stream in made.known), counted
+
+
+def check_gradients(made: Generated, new: ar.RewrittenModule) -> None:
+    """One backward in train mode reaches every query with a finite gradient."""
+    new.train()
+    outputs = [leaf for leaf in pytree.tree_leaves(new(*made.args)) if isinstance(leaf, Tensor)]
+    loss = torch.stack([out.square().mean() for out in outputs if out.is_floating_point()]).sum()
+    loss.backward()
+    queries = {name: p for name, p in new.named_parameters() if name.endswith(".query")}
+    assert len(queries) >= len(made.known), sorted(queries)
+    for name, query in queries.items():
+        assert query.grad is not None, f"{name} has no gradient"
+        assert query.grad.isfinite().all(), f"{name} has the gradient {query.grad}"
