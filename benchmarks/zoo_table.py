@@ -41,10 +41,11 @@ def coverage_page(facts: Facts) -> str:
 def _preface(versions: Facts, count: int) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "timm"))
     return (
-        f"`python benchmarks/zoo.py` wrote this page: {count} models with random weights, {named}, on a CPU "
-        f"({versions['cpu_cores']} cores), {versions['config']}. The entries named after a task are every class of "
-        "the model tables of transformers, each from one generic small configuration (three layers, width 64); "
-        "those of `transformers`, `hand-written` and part of `timm` were counted by hand."
+        f"`python benchmarks/zoo.py` wrote this page: {count} models with random weights, {named}, on "
+        f"{versions['cpu_cores']} CPU cores, {versions['config']}. The families named after a task are every "
+        "class of the model tables of transformers, each from one generic small configuration (three layers, "
+        "width 64). The updates of the families `transformers` and `hand-written`, and of part of `timm`, "
+        "were counted by hand."
     )
 
 
@@ -87,9 +88,10 @@ def _refusals(rows: Sequence[Facts]) -> str:
 
 def _legend() -> str:
     return (
-        "*updates* of each stream; *reads* inserted; the errors are relative, float64 unless an operation has no "
-        "such kernel, output / gradient, the worse of train and eval mode: against the original model at zero "
-        "queries, and against the independent interpreter at random ones."
+        "*updates* of each stream; *reads* inserted; *original* and *independent* are the relative errors, "
+        "output / gradient, the worse of train and eval mode, in float64 unless an operation has no such "
+        "kernel: against the original model at zero queries, and against the independent interpreter at "
+        "random ones."
     )
 
 

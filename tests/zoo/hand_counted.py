@@ -247,7 +247,8 @@ def refused() -> list[Spec]:
            inputs=text_to_text),
         # hyper-connections: four mixed streams; AltUp: four predicted and corrected ones
         _swept("deepseek_v4", "DeepseekV4ForCausalLM", "NoStreamError"),
-        _swept("gemma3n", "Gemma3nForCausalLM", "NoStreamError"),
+        hf("gemma3n", "Gemma3nForCausalLM", "NoStreamError", GROUPED, head_dim=16, laurel_rank=8,
+           num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16),
         # transformers' own Block Attention Residuals
         _swept("inkling2", "Inkling2ForCausalLM", "AlreadyRewrittenError"),
     ]

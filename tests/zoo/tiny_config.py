@@ -13,14 +13,14 @@ VOCAB = 128
 
 # what a count or a width is called, by what it counts
 _NAMES = {
-    "layers": """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers
-        num_decoder_layers num_blocks num_transformer_layers speech_encoder_layers t2u_encoder_layers
-        t2u_decoder_layers num_layers_per_stack""",
+    "layers": """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_encoder_layers num_decoder_layers num_blocks num_transformer_layers speech_encoder_layers
+        t2u_encoder_layers t2u_decoder_layers num_layers_per_stack""",
     "width": """hidden_size d_model n_embd dim embed_dim emb_dim model_dim embedding_size audio_hidden_size
         word_embed_proj_dim lru_width d_latents decoder_hidden_size entity_emb_size pooler_hidden_size
         pooler_output_size encoder_hidden_size output_dim out_hidden_size prediction_head_size""",
-    "inner width": """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff dim_ff n_inner
-        ffn_hidden_size decoder_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim
+    "inner width": """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff dim_ff
+        n_inner ffn_hidden_size decoder_intermediate_size speech_encoder_intermediate_size t2u_encoder_ffn_dim
         t2u_decoder_ffn_dim intermediate_size_mlp dense_intermediate_size""",
     "expert width": """moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
         moe_shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size""",

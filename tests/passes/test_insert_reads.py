@@ -1,0 +1,172 @@
+"""Mirrors attnres_rewrite/passes/insert_reads.py."""
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import attnres_rewrite as ar
+from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.module import RewrittenModule
+from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
+
+
+def rewrite(model: nn.Module, *args: Tensor, **config: object) -> RewrittenModule:
+    return ar.rewrite(model, args or (ids(),), config=ar.AttnResConfig(**config))
+
+
+def stream_text(graph: fx.Graph) -> str:
+    """Print the reads and the adds of their sources, with short names."""
+    shown = [n for n in graph.nodes if n.target is block_attn_res or (n.target is torch.ops.aten.add.Tensor and feeds(n))]
+    names = {node: f"s{i}" for i, node in enumerate(shown)}
+
+    def show(arg: fx.Node) -> str:
+        return names.get(arg, arg.name)
+
+    lines = []
+    for node in shown:
+        if node.target is block_attn_res:
+            sources, query = node.args
+            lines.append(f"{names[node]} = read([{', '.join(map(show, sources))}], {query.target})")
+        else:
+            lines.append(f"{names[node]} = {show(node.args[0])} + {show(node.args[1])}")
+    return "\n".join(lines)
+
+
+def feeds(node: fx.Node) -> bool:
+    return any(user.target is block_attn_res for user in node.users) or any(
+        user.target is torch.ops.aten.add.Tensor and feeds(user) for user in node.users
+    )
+
+
+def test_the_states_become_reads_of_blocks():
+    new = rewrite(gpt_of(lambda s, x: x + s.f(s.n1(x)), depth=4), block_size=2)
+    assert stream_text(new.graph) == (
+        "s0 = read([embedding, linear_1], layers.1.attn_res.0.query)\n"
+        "s1 = linear_1 + linear_3\n"
+        "s2 = read([embedding, s1], layers.2.attn_res.0.query)\n"
+        "s3 = read([embedding, s1, linear_5], layers.3.attn_res.0.query)\n"
+        "s4 = linear_5 + linear_7\n"
+        "s5 = read([embedding, s1, s4], attn_res.0.query)"
+    )
+
+
+def test_new_parameters_are_vectors_beside_the_old_keys():
+    model = gpt()
+    new = rewrite(model, num_blocks=2)
+    old, keys = model.state_dict(), new.state_dict()
+    assert keys.keys() > old.keys()
+    added = {name: value for name, value in keys.items() if name not in old}
+    assert len(added) == 12
+    assert {tuple(value.shape) for value in added.values()} == {(WIDTH,)}
+    assert all(not value.any() if name.endswith("query") else (value == 1).all() for name, value in added.items())
+    assert new.report.num_parameters_added == 12 * WIDTH
+
+
+def test_without_key_norm_only_queries_are_added():
+    new = rewrite(gpt(depth=2), key_norm=False)
+    assert {name.rpartition(".")[2] for name, _ in new.named_parameters() if "attn_res" in name} == {"query"}
+
+
+def test_provenance_stays_in_the_metadata():
+    new = rewrite(gpt(depth=2))
+    reads = [node for node in new.graph.nodes if node.target is block_attn_res]
+    assert [node.meta["attn_res"] for node in reads] == [read.query_name.removesuffix(".query") for read in new.report.reads]
+    for node in reads:
+        assert "networks.py" in node.meta["stack_trace"]
+        assert node.meta["val"].shape[-1] == WIDTH
+        assert "nn_module_stack" in node.meta
+
+
+def in_place(s: Layer, x: Tensor) -> Tensor:
+    x += s.f(s.n1(x))
+    x += s.g(s.n2(x))
+    return x
+
+
+class Collecting(Gpt):
+    """Returns its hidden states too."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(ids) * 3.0
+        seen = [x]
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return self.head(self.norm(x)), seen
+
+
+class ScaledStream(nn.Module):
+    """A stream scaled by a buffer in every layer, in two layouts, with a channel gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(Mlp() for _ in range(3))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.register_buffer("scale", torch.tensor([0.8]))
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mlp in self.mlps:
+            x = x + mlp(self.norm(x))
+            x = (x * self.scale).transpose(0, 1) * self.gain
+        return self.norm(x)
+
+
+CASES = {
+    "in place": (lambda: gpt_of(in_place), None),
+    "parallel": (lambda: gpt_of(lambda s, x: x + s.f(s.n1(x)) + s.g(s.n2(x))), None),
+    "u-net": (lambda: gpt_of(lambda s, x: (x + s.f(s.n1(x))) + s.g(s.n2(x)) + x), None),
+    "added to itself": (lambda: gpt_of(lambda s, x: (y := x + s.f(s.n1(x))) + y), None),
+    "broadcast injection": (lambda: gpt_of(lambda s, x: (y := x + s.f(s.n1(x))) + s.gain + s.g(s.n2(y))), None),
+    "hidden states": (lambda: Collecting(depth=2).eval(), None),
+    "carriers": (lambda: ScaledStream().eval(), torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))),
+    "nested": (lambda: gpt_of(lambda s, x: x + ((y := s.n1(x)) + s.f(y))), None),
+}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_shape_of_stream_is_rewritten_and_proven(name, blocks):
+    build, given = CASES[name]
+    torch.manual_seed(0)
+    new = rewrite(build(), given if given is not None else ids(), num_blocks=blocks)
+    assert new.report.verify.passed
+    new.graph.lint()
+
+
+class ChannelsFirst(nn.Module):
+    """Channels on axis 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(1, 8) for _ in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = x + conv(norm(x))
+        return self.norms[0](x)
+
+
+def test_channels_that_are_not_last_are_moved_there_for_the_read():
+    torch.manual_seed(0)
+    new = rewrite(ChannelsFirst().eval(), torch.randn(2, 8, 4, 4), block_size=2)
+    read = next(node for node in new.graph.nodes if node.target is block_attn_res)
+    assert {source.target for source in read.args[0]} == {torch.ops.aten.movedim.int}
+    assert new.report.streams[0].width == 8
+    assert new.report.verify.passed
+
+
+def test_a_second_rewrite_is_refused():
+    new = rewrite(gpt(depth=2))
+    with pytest.raises(ar.AlreadyRewrittenError, match=r"rewritten already, at layers.0.attn_res.0.query"):
+        rewrite(new)
+
+
+def test_a_name_that_is_taken_is_refused():
+    model = gpt(depth=2)
+    model.layers[1].attn_res = nn.Linear(WIDTH, WIDTH)
+    forward = model.layers[1].forward
+    model.layers[1].forward = lambda x: forward(x) + 0 * model.layers[1].attn_res(x)
+    with pytest.raises(ar.RewriteError, match="attn_res"):
+        rewrite(model)
