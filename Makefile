@@ -10,7 +10,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright
 # More packages for the tests, such as timm: make test-all EXTRA_PACKAGES=timm
 EXTRA_PACKAGES ?=
+# One thread a worker: threads that wait for each other's cores make the tests five times slower
 WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: demo test test-all check bench gpu clean
 
@@ -21,10 +23,10 @@ demo: $(VENV)/.demo
 	$(BIN)/attnres-rewrite rewrite examples/gpt.py --blocks 4 -o out/gpt.attnres --force
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	./check

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from attnres_rewrite.copying import copy_graph
 from attnres_rewrite.dynamo_graph import without_number_inputs
 from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, GraphBreakError, explain
-from attnres_rewrite.fxgraph import argument, op_name, shape_of, tensor_of
+from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.module import adopt_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
@@ -319,9 +319,9 @@ def _add_input_check(gm: fx.GraphModule) -> None:
 
 def input_dims(placeholder: fx.Node) -> InputDims:
     """Return the dimensions that an input must have: a size, or a symbol shared by equal sizes."""
-    shape = shape_of(placeholder)
+    shape = symbolic_shape_of(placeholder)
     assert shape is not None
-    return (str(placeholder.target), tuple(size if isinstance(size, int) else str(size) for size in shape))
+    return (str(placeholder.target), shape)
 
 
 def _captured(programs: dict[bool, fx.GraphModule], training: bool, route: str, start: float) -> Captured:
@@ -334,7 +334,7 @@ def _captured(programs: dict[bool, fx.GraphModule], training: bool, route: str, 
 def _fixed_dims(gm: fx.GraphModule) -> Iterator[FixedDim]:
     """Yield the batch and sequence dimensions that the program takes in one size only."""
     for node in gm.graph.nodes:
-        shape = shape_of(node) if node.op == "placeholder" else None
+        shape = symbolic_shape_of(node) if node.op == "placeholder" else None
         for dim, size in enumerate(shape or ()):
             if isinstance(size, int) and dim in (_automatic_dims(tensor_of(node)) or {}):
                 yield FixedDim(str(node.target), dim, size)

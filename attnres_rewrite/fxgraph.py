@@ -32,16 +32,43 @@ def tensor_of(node: object) -> torch.Tensor | None:
 
 
 def shape_of(node: object) -> tuple[Any, ...] | None:
-    """Return the shape of `node`, symbolic dimensions as expressions, so that == asks for no guard."""
+    """Return the shape of `node` at the example inputs.
+
+    A dynamic size counts as the one it had there: two expressions for one size (s // 2 and 2 * (s // 4)) are not
+    provably equal, and asking torch whether they are would add guards.
+    """
     value = tensor_of(node)
-    return None if value is None else tuple(_expression(size) for size in value.shape)
+    return None if value is None else tuple(_example_size(size) for size in value.shape)
 
 
-def _expression(size: int | torch.SymInt) -> Any:
+def _example_size(size: int | torch.SymInt) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    return size.node.expr if size.node.hint is None else int(size.node.hint)
+
+
+def symbolic_shape_of(node: object) -> tuple[int | str, ...] | None:
+    """Return the shape of `node`, a dynamic size as its expression, e.g. "s0"."""
+    value = tensor_of(node)
+    return None if value is None else tuple(_symbolic_size(size) for size in value.shape)
+
+
+def _symbolic_size(size: int | torch.SymInt) -> int | str:
     if not isinstance(size, torch.SymInt):
         return size
     expression = size.node.expr
-    return int(expression) if expression.is_Integer else expression
+    return int(expression) if expression.is_Integer else str(expression)
+
+
+_SHAPE_ONLY = frozenset(
+    """sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata zeros_like ones_like empty_like full_like
+    rand_like randn_like new_zeros new_ones new_empty new_full""".split()
+)
+
+
+def reads_shape_only(node: fx.Node) -> bool:
+    """Say whether a node looks at the shape and dtype of its input, and never at its values."""
+    return op_name(node) in _SHAPE_ONLY
 
 
 def is_floating(node: object) -> bool:

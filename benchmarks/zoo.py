@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,9 +194,9 @@ def finish(child: Child) -> Row | None:
     return child.row("" if code == 0 else f"exit code {code}")
 
 
-def run_all(specs: Sequence[builders.Spec], jobs: int, timeout: float) -> list[Row]:
-    """Measure every model, `jobs` at a time; say one line for each as it ends."""
-    waiting, running, rows = list(reversed(specs)), list[Child](), list[Row]()
+def run_all(specs: Sequence[builders.Spec], jobs: int, timeout: float) -> Iterator[Row]:
+    """Measure every model, `jobs` at a time; yield each row as its model ends."""
+    waiting, running = list(reversed(specs)), list[Child]()
     while waiting or running:
         while waiting and len(running) < jobs:
             running.append(start(waiting.pop(), timeout))
@@ -204,11 +204,17 @@ def run_all(specs: Sequence[builders.Spec], jobs: int, timeout: float) -> list[R
             row = finish(child)
             if row is not None:
                 running.remove(child)
-                rows.append(row)
-                note = f"{row.updates or row.refusal or row.reason} {row.seconds:.0f} s"
-                print(f"[{len(rows)}/{len(specs)}] {row.name}: {row.outcome} {note}", flush=True)
+                yield row
         time.sleep(POLL_SECONDS)
-    return rows
+
+
+def write_results(rows: Sequence[Row], page: Path, data: Path) -> None:
+    """Write the page and the data it was made of."""
+    ordered = sorted(rows, key=lambda row: (row.family, row.name))
+    facts = {"versions": versions(), "rows": [asdict(row) for row in ordered]}
+    for path, text in ((data, json.dumps(facts, indent=1) + "\n"), (page, coverage_page(facts))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def versions() -> dict[str, Any]:
@@ -247,14 +253,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(spec, lambda row: print(json.dumps(asdict(row)), flush=True))
         return
     chosen = [spec for spec in builders.everything() if re.search(options.only, spec.name)][: options.limit]
-    rows = sorted(run_all(chosen, options.jobs, options.timeout), key=lambda row: (row.family, row.name))
-    facts = {"versions": versions(), "rows": [asdict(row) for row in rows]}
-    for path, text in (
-        (options.json, json.dumps(facts, indent=1) + "\n"),
-        (options.out, coverage_page(facts)),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    rows: list[Row] = []
+    try:
+        for row in run_all(chosen, options.jobs, options.timeout):
+            rows.append(row)
+            note = f"{row.updates or row.refusal or row.reason} {row.seconds:.0f} s"
+            print(f"[{len(rows)}/{len(chosen)}] {row.name}: {row.outcome} {note}", flush=True)
+    finally:
+        # an interrupted run keeps what it has
+        write_results(rows, options.out, options.json)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,6 +121,8 @@ def _load_artifact(path: Path) -> Loaded:
 def _load_exported(path: Path) -> Loaded:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ModelSpecError(explain(f"{path} is no exported program", why="It is no archive, or cut short."))
     import torch
 
     try:

@@ -13,13 +13,14 @@ from attnres_rewrite.records import UpdateKind
 
 @dataclass(frozen=True, slots=True)
 class StreamAdd:
-    """An add that may be on a stream; `history` has the bits of the chain's earlier states."""
+    """An add that may be on a stream, whose chain starts at `root`; `history` has the bits of its earlier states."""
 
     node: fx.Node
     stream: fx.Node
     branch: fx.Node
     kind: UpdateKind
     history: int
+    root: fx.Node
 
     @property
     def previous(self) -> fx.Node:
@@ -51,8 +52,9 @@ def classify_adds(reach: Reachability) -> dict[fx.Node, StreamAdd]:
             continue
         stream, branch, kind = match
         previous = stream_root(stream)
-        earlier = found[previous].history if previous in found else 0
-        found[node] = StreamAdd(node, stream, branch, kind, earlier | reach.bit[previous])
+        before = found.get(previous)
+        history = (before.history if before else 0) | reach.bit[previous]
+        found[node] = StreamAdd(node, stream, branch, kind, history, before.root if before else previous)
     return found
 
 
@@ -116,16 +118,17 @@ def _classify_independent(
     reach: Reachability,
 ) -> Match | None:
     """Neither operand reads the other: a parallel branch, or an injection, onto a known stream."""
-    choices: list[tuple[bool, int, fx.Node, fx.Node]] = []
-    for (stream, root), (branch, _) in ((left, right), (right, left)):
+    choices: list[tuple[tuple[bool, bool, int], fx.Node, fx.Node]] = []
+    for (stream, root), (branch, branch_root) in ((left, right), (right, left)):
         if root in found:
-            history = found[root].history
-            reads = bool((reach.seen[branch] | reach.bit.get(branch, 0)) & history)
-            choices.append((reads, history.bit_count(), stream, branch))
+            chain = found[root]
+            reads = bool((reach.seen[branch] | reach.bit.get(branch, 0)) & chain.history)
+            # a chain inside the branch starts from the stream, never the other way round
+            starts_first = branch_root not in found or reach.reaches(chain.root, found[branch_root].root)
+            choices.append(((reads, starts_first, chain.history.bit_count()), stream, branch))
     if not choices:
         return None
-    # the operand whose chain feeds the other one, then the longer chain, is the stream
-    reads, _, stream, branch = max(choices, key=lambda choice: choice[:2])
+    (reads, _, _), stream, branch = max(choices, key=lambda choice: choice[0])
     return stream, branch, "parallel" if reads else "inject"
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from attnres_rewrite.errors import AlreadyRewrittenError, NoStreamError, ParallelStreamsError, PostNormError, explain
-from attnres_rewrite.fxgraph import module_classes, module_path, op_name, owner_of, place_of, shape_of, source_line, tensor_of
+from attnres_rewrite.fxgraph import module_classes, module_path, op_name, owner_of, place_of, reads_shape_only, source_line, symbolic_shape_of, tensor_of
 from attnres_rewrite.passes import add_reasons, post_norm
 from attnres_rewrite.passes.carriers import carried_input, carriers_between, carry_axis
 from attnres_rewrite.passes.chains import Chain, classify_adds, link_chains
@@ -142,7 +142,7 @@ def _readers(state: fx.Node, following: Update | None) -> tuple[fx.Node, ...]:
     while todo:
         value = todo.pop()
         for user in value.users:
-            if op_name(user) == "_assert_tensor_metadata":
+            if reads_shape_only(user):
                 continue
             if carried_input(user) is value:
                 todo.append(user)
@@ -183,7 +183,7 @@ def _channel_axes(chain: Chain, updates: Sequence[Update]) -> tuple[int, ...]:
         for carrier in path:
             axis = None if axis is None else carry_axis(carrier, axis)
         axes.append(axis)
-    width = {shape[place] for state, place in zip(chain.states, axes, strict=True) if place is not None and (shape := shape_of(state))}
+    width = {shape[place] for state, place in zip(chain.states, axes, strict=True) if place is not None and (shape := symbolic_shape_of(state))}
     if None in axes or len(width) != 1 or not isinstance(next(iter(width)), int):
         raise NoStreamError(
             explain(

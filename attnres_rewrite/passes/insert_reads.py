@@ -78,9 +78,11 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
                 sources.append(added)
             else:
                 sources[-1] = _call(graph, ADD, (sources[-1], added), like=update.add)
+            # a state that nobody reads may still be asked for its shape
+            mix = sources[0]
             if state in reads:
                 mix = _read(graph, sources, stream, reads[state], config, like=update.add)
-                update.add.replace_all_uses_with(mix)
+            update.add.replace_all_uses_with(mix)
         replaced += [*update.carriers, update.add]
     _erase_dead(graph, replaced)
 

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import networkx as nx
-import torch
 from torch import fx
 
+from attnres_rewrite.fxgraph import reads_shape_only
 from attnres_rewrite.passes import post_norm
 from attnres_rewrite.passes.carriers import carried_input, stream_root
 from attnres_rewrite.passes.chains import Chain
 from attnres_rewrite.passes.reachability import Reachability
-
-_METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 
 
 def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Chain], dict[fx.Node, str]]:
@@ -59,7 +57,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
         for user in value.users:
             if carried_input(user) is value:
                 todo.append(user)
-            elif user.target is not _METADATA_CHECK:
+            elif not reads_shape_only(user):
                 users.append(user)
     return users[0] if len(users) == 1 else None
 

@@ -2,6 +2,7 @@
 
 import sys
 import textwrap
+import zipfile
 
 import pytest
 import torch
@@ -124,9 +125,14 @@ def test_an_exported_program(tmp_path):
 
 
 def test_a_damaged_exported_program(tmp_path):
-    (tmp_path / "net.pt2").write_bytes(b"PK\x03\x04 nothing")
-    with pytest.raises(ModelSpecError, match=r"net\.pt2 is no exported program"):
-        load.load(str(tmp_path / "net.pt2"))
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ModelSpecError, match=r"net\.pt2 is no exported program\n  It is no archive"):
+        load.load(str(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(ModelSpecError, match=r"net\.pt2 is no exported program\n  torch\.export\.load: "):
+        load.load(str(path))
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,17 @@ from .specs import CHOICES, CYCLES, NetworkSpec, changed_fields, default_of, rep
 SIZES = ("layers", "width", "heads", "head_dim", "batch", "length")
 
 
-def shrink(spec: NetworkSpec, fails: Callable[[NetworkSpec], bool]) -> NetworkSpec:
-    """Return a spec that `fails` and of which no simpler neighbour does. `spec` itself must fail."""
+def shrink(spec: NetworkSpec, fails: Callable[[NetworkSpec], bool], max_tries: int = 1000) -> NetworkSpec:
+    """Return a spec that `fails` and of which no simpler neighbour does. `spec` itself must fail.
+
+    After `max_tries` calls of `fails` the smallest spec so far is returned instead.
+    """
+    tries = iter(range(max_tries))
     smaller: NetworkSpec | None = spec
     while smaller is not None:
         spec = smaller
-        smaller = next((simpler for simpler in neighbours(spec) if fails(simpler)), None)
+        candidates = (simpler for simpler, _ in zip(neighbours(spec), tries, strict=False))
+        smaller = next((simpler for simpler in candidates if fails(simpler)), None)
     return spec
 
 
@@ -55,8 +60,8 @@ def _steps(spec: NetworkSpec) -> Iterator[NetworkSpec]:
 
 
 def _smaller(spec: NetworkSpec, name: str) -> Iterator[NetworkSpec]:
-    """Yield `spec` with its smallest size, then with half, then with one less."""
+    """Yield `spec` with its smallest size, with half, and with two less and one less: some bugs need odd."""
     size, least = getattr(spec, name), min(CHOICES[name])
-    for smaller in dict.fromkeys((least, (size + least) // 2, size - 1)):
+    for smaller in dict.fromkeys((least, (size + least) // 2, size - 2, size - 1)):
         if least <= smaller < size and smaller in CHOICES[name]:
             yield replace(spec, **{name: smaller})

@@ -18,6 +18,8 @@ from .specs import NetworkSpec, random_spec
 
 DEFAULT_SEEDS, ALL_SEEDS = 100, 3000
 DEFAULT_CHUNK, SLOW_CHUNK = 5, 20
+# of seconds each
+MAX_TRIES = 100
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +70,8 @@ def check_all(seeds: range) -> None:
 
 
 def describe(spec: NetworkSpec, seen: Failure) -> str:
-    """Return the smallest spec that fails as `spec` did, and how."""
-    small = shrink(spec, lambda simpler: seen.alike(failure(simpler)))
+    """Return the smallest spec found that fails as `spec` did, and how."""
+    small = shrink(spec, lambda simpler: seen.alike(failure(simpler)), MAX_TRIES)
     again = failure(small)
     details = "" if again is None else again.details
     return f"smallest: {small!r}\n{seen.step}: {seen.error}: {details}"

@@ -51,3 +51,12 @@ def test_neighbours_are_networks_and_simpler(seed: int) -> None:
 def test_keeps_a_spec_that_cannot_be_simplified() -> None:
     spec = random_spec(3)
     assert shrink(spec, lambda other: other == spec) == spec
+
+
+def test_stops_after_max_tries() -> None:
+    tried: list[NetworkSpec] = []
+    spec = random_spec(11)
+    small = shrink(spec, lambda other: not tried.append(other), max_tries=3)
+    assert len(tried) == 3
+    assert small == tried[-1]
+    assert complexity(small) < complexity(spec)
