@@ -56,6 +56,7 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         _write(new, draft)
+        _share(draft)
         _move_into_place(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -66,7 +67,9 @@ def _refuse_to_overwrite(target: Path, force: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if not force:
-        raise ArtifactError(explain("the folder exists", str(target), "", "Give another name, or force=True (--force)."))
+        raise ArtifactError(
+            explain("the folder exists", str(target), "", "Give another name, or force=True (--force).")
+        )
     if not (target / HEADER).is_file():
         raise ArtifactError(
             explain(
@@ -86,8 +89,14 @@ def _write(new: RewrittenModule, draft: Path) -> None:
     leaves = flat_inputs(
         next(iter(programs.values())).original, new.example_inputs.args, new.example_inputs.kwargs
     )
-    inputs = {str(index): leaf.detach().contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    safetensors.torch.save_file({name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors")
+    inputs = {
+        str(index): leaf.detach().contiguous()
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor)
+    }
+    safetensors.torch.save_file(
+        {name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors"
+    )
     facts = {
         "modes": {_mode_name(mode): order.index(id(program)) for mode, program in new.programs.items()},
         "programs": [_program_to_json(program) for program in programs.values()],
@@ -117,6 +126,15 @@ def _write_json(path: Path, value: Any) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _share(draft: Path) -> None:
+    """Give the folder and its files the usual permissions: a temporary folder is its owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    draft.chmod(0o777 & ~mask)
+    for path in draft.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def _move_into_place(draft: Path, target: Path) -> None:
@@ -160,7 +178,11 @@ def _named_tensors(new: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]
                 yield dot + name, value, {"kind": "parameter", "requires_grad": value.requires_grad}
         for name, value in module._buffers.items():
             if value is not None:
-                yield dot + name, value, {"kind": "buffer", "persistent": name not in module._non_persistent_buffers_set}
+                yield (
+                    dot + name,
+                    value,
+                    {"kind": "buffer", "persistent": name not in module._non_persistent_buffers_set},
+                )
         for name, value in constants_of(module).items():
             yield dot + name, value, {"kind": "constant"}
 
@@ -223,7 +245,12 @@ def load(folder: str | os.PathLike[str]) -> RewrittenModule:
         return _build(path, header)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as why:
         raise ArtifactError(
-            explain("the saved rewrite cannot be read", str(path), f"{type(why).__name__}: {why}", "Save it again.")
+            explain(
+                "the saved rewrite cannot be read",
+                str(path),
+                f"{type(why).__name__}: {why}",
+                "Save it again.",
+            )
         ) from why
 
 
@@ -232,7 +259,9 @@ def _checked_header(path: Path) -> dict[str, Any]:
         header = json.loads((path / HEADER).read_text())
     except (OSError, ValueError) as why:
         raise ArtifactError(
-            explain("not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save.")
+            explain(
+                "not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save."
+            )
         ) from why
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ArtifactError(explain("not a saved rewrite", str(path), f"{HEADER} names another format."))
@@ -249,7 +278,9 @@ def _checked_header(path: Path) -> dict[str, Any]:
         file = path / Path(name).name
         if not file.is_file() or _sha256(file) != digest:
             state = "is damaged or was changed" if file.is_file() else "is missing"
-            raise ArtifactError(explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again."))
+            raise ArtifactError(
+                explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again.")
+            )
     return header
 
 
@@ -271,11 +302,17 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
 
 def _import_output_classes(facts: Mapping[str, Any]) -> None:
     """Register the output classes of transformers, whose names appear in the calling convention."""
-    if any("transformers." in str(program[name]["call"]) for program in facts["programs"] for name in ("graph", "original")):
+    if any(
+        "transformers." in str(program[name]["call"])
+        for program in facts["programs"]
+        for name in ("graph", "original")
+    ):
         try:
             import transformers.modeling_outputs  # noqa: F401, PLC0415
         except ImportError as why:
-            raise ArtifactError("the saved model returns a class of transformers, which is not installed") from why
+            raise ArtifactError(
+                "the saved model returns a class of transformers, which is not installed"
+            ) from why
 
 
 def _tree_from(facts: Mapping[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:
@@ -350,5 +387,3 @@ def _example_inputs(graph: fx.Graph, leaves: list[Any]) -> ExampleInputs:
         return ExampleInputs(tuple(leaves), {})
     args, kwargs = pytree.tree_unflatten(leaves, info.in_spec)
     return ExampleInputs(tuple(args), dict(kwargs))
-
-

@@ -88,9 +88,12 @@ def capture(
         say("capture (graph module)")
         return _from_graph_module(model, start)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
+        raise TypeError(
+            f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule"
+        )
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
+    _refuse_other_device(model, (tuple(args), dict(kwargs or {})))
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None
     for mode in [model.training, not model.training] if both_modes else [model.training]:
@@ -121,16 +124,35 @@ def refuse_rewritten(model: object) -> None:
             )
 
 
+def _refuse_other_device(model: nn.Module, inputs: Any) -> None:
+    """Raise CaptureError when no input is on the one device that holds the model."""
+    owned = {parameter.device.type for parameter in model.parameters()}
+    given = {leaf.device.type for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+    if len(owned) == 1 and given and not owned & given:
+        raise CaptureError(
+            explain(
+                f"{type(model).__name__} is on {owned.pop()}, its example inputs are on {given.pop()}",
+                None,
+                "A graph is captured on the device where it will run.",
+                "First check that model(*args, **kwargs) runs; move the inputs with .to(device).",
+            )
+        )
+
+
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, routes: Sequence[Route]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    routes: Sequence[Route],
 ) -> tuple[ExportedProgram, Route]:
     failures: list[tuple[Route, Exception]] = []
     automatic = dynamic_shapes is None
     for route in routes:
         if not automatic and not route.dynamic:
             continue
-        shapes = _automatic_shapes(model, args, kwargs) if automatic and route.dynamic else dynamic_shapes
         try:
+            shapes = _automatic_shapes(model, args, kwargs) if automatic and route.dynamic else dynamic_shapes
             with _quiet(), torch.enable_grad():
                 return (
                     torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=route.strict),

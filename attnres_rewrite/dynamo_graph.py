@@ -53,7 +53,8 @@ def _unwrap_numbers(graph: fx.Graph, args: Sequence[Any]) -> None:
                 number = value.item()
                 for reader in list(user.users):
                     reader.args, reader.kwargs = fx.node.map_aggregate(
-                        (reader.args, dict(reader.kwargs)), lambda arg, old=user, new=number: new if arg is old else arg
+                        (reader.args, dict(reader.kwargs)),
+                        lambda arg, old=user, new=number: new if arg is old else arg,
                     )
                 graph.erase_node(user)
 

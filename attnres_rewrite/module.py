@@ -114,7 +114,9 @@ class RewrittenModule(fx.GraphModule):
         return new
 
     def __reduce__(self) -> Any:
-        raise TypeError("a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)")
+        raise TypeError(
+            "a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)"
+        )
 
 
 # what GraphModule.recompile leaves in the instance, beside the forward in its class

@@ -69,7 +69,12 @@ def _refuse_meta(new: RewrittenModule, inputs: ExampleInputs) -> None:
 
 
 def _prove_original(
-    new: RewrittenModule, program: Program, mode: str, state: LiftedState, leaves: Sequence[Any], notes: dict[str, None]
+    new: RewrittenModule,
+    program: Program,
+    mode: str,
+    state: LiftedState,
+    leaves: Sequence[Any],
+    notes: dict[str, None],
 ) -> Proof:
     without_eps = new.config.output == "mean"
     original = LiftedInterpreter(program.original, state, without_eps)
@@ -85,12 +90,20 @@ def _prove_original(
 
 def _added_names(program: Program) -> set[str]:
     return {
-        f"{read.name}.{leaf}" for plan in program.plans for read in plan.reads for leaf in ("query", "key_norm")
+        f"{read.name}.{leaf}"
+        for plan in program.plans
+        for read in plan.reads
+        for leaf in ("query", "key_norm")
     }
 
 
 def _prove_independent(
-    new: RewrittenModule, program: Program, mode: str, state: LiftedState, leaves: Sequence[Any], notes: dict[str, None]
+    new: RewrittenModule,
+    program: Program,
+    mode: str,
+    state: LiftedState,
+    leaves: Sequence[Any],
+    notes: dict[str, None],
 ) -> Proof:
     random = override(state, random_reads(program.plans, state.parameters, seed=1))
     witness = DepthInterpreter(program.original, random, program.plans, new.config)
@@ -144,9 +157,15 @@ def _compare(
     )
 
 
-def _as_zeros(reference: list[Tensor | None], found: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+def _as_zeros(
+    reference: list[Tensor | None], found: list[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Drop the gradients that neither run has; one that only one run has is compared with zeros."""
-    pairs = [(left, right) for left, right in zip(reference, found, strict=True) if left is not None or right is not None]
+    pairs = [
+        (left, right)
+        for left, right in zip(reference, found, strict=True)
+        if left is not None or right is not None
+    ]
     lefts = [left if left is not None else torch.zeros_like(right) for left, right in pairs]  # type: ignore[arg-type]
     rights = [right if right is not None else torch.zeros_like(left) for left, right in pairs]  # type: ignore[arg-type]
     return lefts, rights
@@ -188,7 +207,9 @@ def _largest(value: Any) -> float:
     return float(torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().max())
 
 
-def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> tuple[Proof, ...]:
+def prove_capture(
+    model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say
+) -> tuple[Proof, ...]:
     """Compare the captured graph of the model's own mode with the model, forward, in its own precision.
 
     Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back.
@@ -209,7 +230,10 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
         found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
         for name, value in model.named_buffers():
             value.copy_(kept[name])
-    dtype = next((value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS), torch.float32)
+    dtype = next(
+        (value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
+        torch.float32,
+    )
     return (
         Proof(
             name="capture",

@@ -102,13 +102,18 @@ class DepthInterpreter(LiftedInterpreter):
         return mix.movedim(-1, axis)
 
 
-def random_reads(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def random_reads(
+    plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
     """Draw queries that make logits of order one, and gains around one, for every read."""
     noise = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
     for plan in plans:
         for read in plan.reads:
-            for name, centre, spread in ((read.query_name, 0.0, plan.stream.width**-0.5), (f"{read.name}.key_norm", 1.0, 0.1)):
+            for name, centre, spread in (
+                (read.query_name, 0.0, plan.stream.width**-0.5),
+                (f"{read.name}.key_norm", 1.0, 0.1),
+            ):
                 if name in parameters:
                     like = parameters[name]
                     value = centre + spread * torch.randn(like.shape, generator=noise, dtype=torch.float64)

@@ -108,7 +108,9 @@ def _reads_before_injection(
         return False
     read = reach.seen[branch] & found[root].history
     on_stream = reach.straight[branch] & found[root].history
-    return bool(read & reach.mixed[branch]) and not on_stream and not reach.reaches_straight(branch_root, stream)
+    return (
+        bool(read & reach.mixed[branch]) and not on_stream and not reach.reaches_straight(branch_root, stream)
+    )
 
 
 def _classify_independent(

@@ -19,8 +19,24 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from attnres_rewrite.errors import AlreadyRewrittenError, NoStreamError, ParallelStreamsError, PostNormError, explain
-from attnres_rewrite.fxgraph import module_classes, module_path, op_name, owner_of, place_of, reads_shape_only, source_line, symbolic_shape_of, tensor_of
+from attnres_rewrite.errors import (
+    AlreadyRewrittenError,
+    NoStreamError,
+    ParallelStreamsError,
+    PostNormError,
+    explain,
+)
+from attnres_rewrite.fxgraph import (
+    module_classes,
+    module_path,
+    op_name,
+    owner_of,
+    place_of,
+    reads_shape_only,
+    source_line,
+    symbolic_shape_of,
+    tensor_of,
+)
 from attnres_rewrite.passes import add_reasons, post_norm
 from attnres_rewrite.passes.carriers import carried_input, carriers_between, carry_axis
 from attnres_rewrite.passes.chains import Chain, classify_adds, link_chains
@@ -101,7 +117,9 @@ def _no_stream(
 
 
 def _described(graph: fx.Graph, chains: Sequence[Chain]) -> tuple[ResidualStream, ...]:
-    stream_edges = {add.node: _stream_position(add.node, add.stream) for chain in chains for add in chain.adds}
+    stream_edges = {
+        add.node: _stream_position(add.node, add.stream) for chain in chains for add in chain.adds
+    }
     culprits = scale_culprits(graph, [add.node for chain in chains for add in chain.adds], stream_edges)
     names = _names(chains)
     return tuple(_describe(chain, name, culprits) for chain, name in zip(chains, names, strict=True))
@@ -115,14 +133,14 @@ def _describe(chain: Chain, name: str, culprits: dict[fx.Node, str]) -> Residual
     updates: list[Update] = []
     for previous, add in zip(chain.states, chain.adds, strict=False):
         position = 1 - _stream_position(add.node, add.stream)
-        updates.append(Update(add.node, add.stream, position, add.kind, carriers_between(previous, add.stream)))
+        updates.append(
+            Update(add.node, add.stream, position, add.kind, carriers_between(previous, add.stream))
+        )
     axes = _channel_axes(chain, updates)
     end = tensor_of(chain.end)
     assert end is not None
     following: list[Update | None] = [*updates, None]
-    readers = tuple(
-        _readers(state, update) for state, update in zip(chain.states, following, strict=True)
-    )
+    readers = tuple(_readers(state, update) for state, update in zip(chain.states, following, strict=True))
     return ResidualStream(
         name=name,
         root=chain.root,
@@ -146,7 +164,11 @@ def _readers(state: fx.Node, following: Update | None) -> tuple[fx.Node, ...]:
                 continue
             if carried_input(user) is value:
                 todo.append(user)
-            if following is not None and user is following.add and user.args[following.branch_position] is not value:
+            if (
+                following is not None
+                and user is following.add
+                and user.args[following.branch_position] is not value
+            ):
                 continue
             if carried_input(user) is not value or _reads_beside(user, value):
                 found.append(user)
@@ -183,7 +205,11 @@ def _channel_axes(chain: Chain, updates: Sequence[Update]) -> tuple[int, ...]:
         for carrier in path:
             axis = None if axis is None else carry_axis(carrier, axis)
         axes.append(axis)
-    width = {shape[place] for state, place in zip(chain.states, axes, strict=True) if place is not None and (shape := symbolic_shape_of(state))}
+    width = {
+        shape[place]
+        for state, place in zip(chain.states, axes, strict=True)
+        if place is not None and (shape := symbolic_shape_of(state))
+    }
     if None in axes or len(width) != 1 or not isinstance(next(iter(width)), int):
         raise NoStreamError(
             explain(

@@ -12,7 +12,15 @@ of the same memory that is used later. Values do not change; names of kept nodes
 import torch
 from torch import fx
 
-from attnres_rewrite.fxgraph import aliased_inputs, argument, is_floating, op_name, shape_of, tensor_of, written_inputs
+from attnres_rewrite.fxgraph import (
+    aliased_inputs,
+    argument,
+    is_floating,
+    op_name,
+    shape_of,
+    tensor_of,
+    written_inputs,
+)
 
 ADD = torch.ops.aten.add.Tensor
 _OUT_OF_PLACE = {

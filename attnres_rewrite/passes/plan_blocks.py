@@ -68,7 +68,7 @@ def _blocks(stream: ResidualStream, config: AttnResConfig) -> tuple[range, ...]:
     assert isinstance(count, int)
     if count > total:
         raise ValueError(
-            f"num_blocks={count} is more than the {total} updates of {stream.name}; give at most {total}, or \"full\""
+            f'num_blocks={count} is more than the {total} updates of {stream.name}; give at most {total}, or "full"'
         )
     ends = [1 + (total * block + count - 1) // count for block in range(count + 1)]
     return tuple(range(start, end) for start, end in itertools.pairwise(ends))

@@ -91,7 +91,9 @@ def _blame(culprits: dict[fx.Node, str], degrees: Degrees, consumer: fx.Node) ->
         if isinstance(degree, NotHomogeneous):
             culprits.setdefault(state, degree.culprit)
         elif degree != 0:
-            where = "an output of the model" if consumer.op == "output" else f"the add at {place_of(consumer)}"
+            where = (
+                "an output of the model" if consumer.op == "output" else f"the add at {place_of(consumer)}"
+            )
             culprits.setdefault(state, f"{where} takes it without a norm")
 
 
@@ -186,4 +188,3 @@ def _degree_of_layer(node: fx.Node, name: str, of: Callable[[int, str], float]) 
     if name == "masked_fill":
         return of(0, "self") if argument(node, 2, "value") == 0 else None
     return None
-

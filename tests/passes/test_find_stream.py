@@ -48,7 +48,10 @@ SPELLINGS = {
     "channel gain on the stream": (lambda s, x: x * s.gain + s.f(s.n1(x)), ["residual"]),
     "float64 stream": (lambda s, x: (x.double() + s.f(s.n1(x))).float(), ["residual"]),
     "views and transposes": (reshaped, ["residual"] * 2),
-    "injection": (lambda s, x: (y := x + s.f(s.n1(x))) + s.gain + s.g(s.n2(y)), ["residual", "inject", "residual"]),
+    "injection": (
+        lambda s, x: (y := x + s.f(s.n1(x))) + s.gain + s.g(s.n2(y)),
+        ["residual", "inject", "residual"],
+    ),
     "u-net skip": (u_net, ["residual", "residual", "skip"]),
 }
 
@@ -102,7 +105,10 @@ class TwoTowers(nn.Module):
 
 def test_several_streams_are_found_and_named():
     found = search(TwoTowers())
-    assert [(stream.name, len(stream.updates)) for stream in found.streams] == [("encoder", 4), ("stream1", 9)]
+    assert [(stream.name, len(stream.updates)) for stream in found.streams] == [
+        ("encoder", 4),
+        ("stream1", 9),
+    ]
 
 
 def nested(s: Layer, x: Tensor) -> Tensor:

@@ -16,7 +16,11 @@ def rewrite(model: nn.Module, *args: Tensor, **config: object) -> RewrittenModul
 
 def stream_text(graph: fx.Graph) -> str:
     """Print the reads and the adds of their sources, with short names."""
-    shown = [n for n in graph.nodes if n.target is block_attn_res or (n.target is torch.ops.aten.add.Tensor and feeds(n))]
+    shown = [
+        n
+        for n in graph.nodes
+        if n.target is block_attn_res or (n.target is torch.ops.aten.add.Tensor and feeds(n))
+    ]
     names = {node: f"s{i}" for i, node in enumerate(shown)}
 
     def show(arg: fx.Node) -> str:
@@ -58,7 +62,9 @@ def test_new_parameters_are_vectors_beside_the_old_keys():
     added = {name: value for name, value in keys.items() if name not in old}
     assert len(added) == 12
     assert {tuple(value.shape) for value in added.values()} == {(WIDTH,)}
-    assert all(not value.any() if name.endswith("query") else (value == 1).all() for name, value in added.items())
+    assert all(
+        not value.any() if name.endswith("query") else (value == 1).all() for name, value in added.items()
+    )
     assert new.report.num_parameters_added == 12 * WIDTH
 
 
@@ -70,7 +76,9 @@ def test_without_key_norm_only_queries_are_added():
 def test_provenance_stays_in_the_metadata():
     new = rewrite(gpt(depth=2))
     reads = [node for node in new.graph.nodes if node.target is block_attn_res]
-    assert [node.meta["attn_res"] for node in reads] == [read.query_name.removesuffix(".query") for read in new.report.reads]
+    assert [node.meta["attn_res"] for node in reads] == [
+        read.query_name.removesuffix(".query") for read in new.report.reads
+    ]
     for node in reads:
         assert "networks.py" in node.meta["stack_trace"]
         assert node.meta["val"].shape[-1] == WIDTH
@@ -117,9 +125,15 @@ CASES = {
     "parallel": (lambda: gpt_of(lambda s, x: x + s.f(s.n1(x)) + s.g(s.n2(x))), None),
     "u-net": (lambda: gpt_of(lambda s, x: (x + s.f(s.n1(x))) + s.g(s.n2(x)) + x), None),
     "added to itself": (lambda: gpt_of(lambda s, x: (y := x + s.f(s.n1(x))) + y), None),
-    "broadcast injection": (lambda: gpt_of(lambda s, x: (y := x + s.f(s.n1(x))) + s.gain + s.g(s.n2(y))), None),
+    "broadcast injection": (
+        lambda: gpt_of(lambda s, x: (y := x + s.f(s.n1(x))) + s.gain + s.g(s.n2(y))),
+        None,
+    ),
     "hidden states": (lambda: Collecting(depth=2).eval(), None),
-    "carriers": (lambda: ScaledStream().eval(), torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))),
+    "carriers": (
+        lambda: ScaledStream().eval(),
+        torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0)),
+    ),
     "nested": (lambda: gpt_of(lambda s, x: x + ((y := s.n1(x)) + s.f(y))), None),
 }
 

@@ -25,7 +25,11 @@ def captured(function: Callable[[Tensor, Tensor], Tensor]) -> fx.GraphModule:
 
 
 def calls(gm: fx.GraphModule) -> list[str]:
-    return [n.target._schema.name.removeprefix("aten::") for n in gm.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return [
+        n.target._schema.name.removeprefix("aten::")
+        for n in gm.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload)
+    ]
 
 
 def in_place(x: Tensor, f: Tensor) -> Tensor:

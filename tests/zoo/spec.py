@@ -59,8 +59,6 @@ def _redraw_parameter(
 ) -> None:
     if any(word in name for word in _RECURRENT):
         return
-    if parameter.numel() == 0:
-        return
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() >= 2:
         parameter.copy_(noise * _std(module, parameter))

@@ -36,6 +36,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "longformer": {"attention_window": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    # equal widths would leave a parameter without elements
+    "mobilebert": {"embedding_size": 32},
     "mobilevitv2": {"image_size": 256},
     # heads must divide the channels of Fourier features (261) and of convolved ones (322)
     "perceiver": {"num_cross_attention_heads": 1, "num_latents": 16, "num_self_attends_per_block": 3},

@@ -20,7 +20,9 @@ def drawn(num_sources, width, *leading, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("output", ["sum", "mean"])
-@pytest.mark.parametrize(("num_sources", "width", "leading"), [(1, 7, (3,)), (2, 96, (2, 5)), (9, 7, (0, 4)), (40, 33, (1,))])
+@pytest.mark.parametrize(
+    ("num_sources", "width", "leading"), [(1, 7, (3,)), (2, 96, (2, 5)), (9, 7, (0, 4)), (40, 33, (1,))]
+)
 def test_output_and_every_gradient_follow_the_formula(num_sources, width, leading, output):
     sources, query, gain = drawn(num_sources, width, *leading)
     inputs = [*sources, query, gain]

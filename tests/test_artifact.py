@@ -1,0 +1,153 @@
+"""Mirrors attnres_rewrite/artifact.py and graph_json.py: all or nothing, there and back, and no pickle."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnres_rewrite as ar
+from tests.networks import gpt, ids
+from tests.test_capture import Structured
+
+
+@pytest.fixture(scope="module")
+def new():
+    result = ar.rewrite(gpt(dropout=0.2), (ids(),), config=ar.AttnResConfig(block_size=2, key_norm=False))
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            if name.endswith("query"):
+                parameter.normal_()
+    return result
+
+
+@pytest.fixture
+def saved(new, tmp_path) -> Path:
+    return ar.save(new, tmp_path / "model")
+
+
+def test_what_is_loaded_is_what_was_saved(new, saved):
+    again = ar.load(saved)
+    torch.testing.assert_close(again(ids(3, 7)), new(ids(3, 7)), rtol=0, atol=0)
+    assert again.state_dict().keys() == new.state_dict().keys()
+    assert again.head.weight is again.embed.weight
+    assert again.report == new.report
+    assert again.config == new.config
+    again.train()
+    assert not torch.equal(again(ids()), new(ids()))
+
+
+def test_a_loaded_rewrite_is_proven_again_and_saved_again(saved, tmp_path):
+    again = ar.load(saved)
+    assert ar.verify(again).passed
+    twice = ar.load(ar.save(again, tmp_path / "twice"))
+    assert [p.name for p in ar.verify(twice).proofs] == ["original", "independent"] * 2
+
+
+def test_nothing_but_json_and_safetensors_is_written(saved):
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "attnres.json",
+        "inputs.safetensors",
+        "program.json",
+        "report.json",
+        "weights.safetensors",
+    ]
+    header = json.loads((saved / "attnres.json").read_text())
+    assert len(header["source_sha256"]) == 64
+
+
+def test_dataclass_outputs_and_nested_inputs_survive(tmp_path):
+    torch.manual_seed(0)
+    model = Structured(depth=2).eval()
+    first = ar.rewrite(model, kwargs={"batch": {"ids": ids()}, "scale": 2.0}, verify=False)
+    again = ar.load(ar.save(first, tmp_path / "m"))
+    torch.testing.assert_close(again({"ids": ids()}).logits, first({"ids": ids()}).logits)
+    assert ar.verify(again).passed
+
+
+def test_an_existing_folder_is_not_touched_without_force(new, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(ar.ArtifactError, match="the folder exists"):
+        ar.save(new, saved)
+    assert before == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert ar.save(new, saved, force=True) == saved
+    assert ar.load(saved).report == new.report
+    assert [path.name for path in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_foreign_folder_is_not_replaced_even_with_force(new, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("precious")
+    with pytest.raises(ar.ArtifactError, match="is not a saved rewrite"):
+        ar.save(new, tmp_path / "photos", force=True)
+    assert (tmp_path / "photos" / "one.jpg").read_text() == "precious"
+
+
+def test_a_save_that_fails_leaves_nothing_behind(new, tmp_path, monkeypatch):
+    monkeypatch.setattr("attnres_rewrite.artifact._program_to_json", lambda program: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ar.save(new, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "program.json", "report.json", "inputs.safetensors"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink])
+def test_a_damaged_file_is_named(saved, name, damage):
+    damage(saved / name)
+    with pytest.raises(ar.ArtifactError, match=name):
+        ar.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "not a saved rewrite"),
+        ("[]", "names another format"),
+        ('{"format": "other"}', "names another format"),
+        ('{"format": "attnres-rewrite", "format_version": 99}', "has format 99; this release reads 1"),
+    ],
+)
+def test_a_foreign_header_is_refused(saved, content, message):
+    (saved / "attnres.json").write_text(content)
+    with pytest.raises(ar.ArtifactError, match=message):
+        ar.load(saved)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(ar.ArtifactError, match="not a saved rewrite"):
+        ar.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("os.system", "is no torch op"),
+        ("torch.ops.aten", "is no torch op"),
+        ("torch.ops.load_library", "is no torch op"),
+        ("torch.ops.nowhere.op.default", "not registered"),
+        ("operator.attrgetter", "is no torch op"),
+    ],
+)
+def test_a_program_can_name_torch_ops_only(target, message):
+    from attnres_rewrite.graph_json import graph_from_json
+
+    node = {
+        "name": "x",
+        "op": "call_function",
+        "target": target,
+        "args": {"tuple": []},
+        "kwargs": {"dict": []},
+    }
+    with pytest.raises(ar.ArtifactError, match=message):
+        graph_from_json({"nodes": [node | {"meta": {"source": "", "modules": []}}], "call": None})
