@@ -169,9 +169,7 @@ def _require_same_streams(planned: Mapping[int, _Planned], captured: Captured) -
 
 def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:
     """Return what parameters depend on: the blocks, the reads and their widths."""
-    return [
-        (plan.blocks, plan.stream.width, [(read.state, read.name) for read in plan.reads]) for plan in plans
-    ]
+    return [(plan.blocks, plan.stream.width, [(read.state, read.name) for read in plan.reads]) for plan in plans]
 
 
 def _insert(planned: _Planned, config: AttnResConfig) -> Program:

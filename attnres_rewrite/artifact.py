@@ -86,17 +86,9 @@ def _write(new: RewrittenModule, draft: Path) -> None:
     safetensors.torch.save_file(tensors, draft / "weights.safetensors")
     programs = {id(program): program for program in new.programs.values()}
     order = list(programs)
-    leaves = flat_inputs(
-        next(iter(programs.values())).original, new.example_inputs.args, new.example_inputs.kwargs
-    )
-    inputs = {
-        str(index): leaf.detach().contiguous()
-        for index, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor)
-    }
-    safetensors.torch.save_file(
-        {name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors"
-    )
+    leaves = flat_inputs(next(iter(programs.values())).original, new.example_inputs.args, new.example_inputs.kwargs)
+    inputs = {str(index): leaf.detach().contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    safetensors.torch.save_file({name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors")
     facts = {
         "modes": {_mode_name(mode): order.index(id(program)) for mode, program in new.programs.items()},
         "programs": [_program_to_json(program) for program in programs.values()],
@@ -259,9 +251,7 @@ def _checked_header(path: Path) -> dict[str, Any]:
         header = json.loads((path / HEADER).read_text())
     except (OSError, ValueError) as why:
         raise ArtifactError(
-            explain(
-                "not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save."
-            )
+            explain("not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save.")
         ) from why
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ArtifactError(explain("not a saved rewrite", str(path), f"{HEADER} names another format."))
@@ -278,9 +268,7 @@ def _checked_header(path: Path) -> dict[str, Any]:
         file = path / Path(name).name
         if not file.is_file() or _sha256(file) != digest:
             state = "is damaged or was changed" if file.is_file() else "is missing"
-            raise ArtifactError(
-                explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again.")
-            )
+            raise ArtifactError(explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again."))
     return header
 
 
@@ -303,16 +291,12 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
 def _import_output_classes(facts: Mapping[str, Any]) -> None:
     """Register the output classes of transformers, whose names appear in the calling convention."""
     if any(
-        "transformers." in str(program[name]["call"])
-        for program in facts["programs"]
-        for name in ("graph", "original")
+        "transformers." in str(program[name]["call"]) for program in facts["programs"] for name in ("graph", "original")
     ):
         try:
-            import transformers.modeling_outputs  # noqa: F401, PLC0415
+            import transformers.modeling_outputs  # noqa: F401
         except ImportError as why:
-            raise ArtifactError(
-                "the saved model returns a class of transformers, which is not installed"
-            ) from why
+            raise ArtifactError("the saved model returns a class of transformers, which is not installed") from why
 
 
 def _tree_from(facts: Mapping[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:

@@ -88,9 +88,7 @@ def capture(
         say("capture (graph module)")
         return _from_graph_module(model, start)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule"
-        )
+        raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
     _refuse_other_device(model, (tuple(args), dict(kwargs or {})))

@@ -110,9 +110,7 @@ def _target_from_json(op: str, name: str) -> Any:
     for part in name.split(".")[2:]:
         found = getattr(found, part, None)
         if found is None:
-            raise ArtifactError(
-                f"the program calls {name!r}, which is not registered; import the library it is from"
-            )
+            raise ArtifactError(f"the program calls {name!r}, which is not registered; import the library it is from")
     if not isinstance(found, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         raise ArtifactError(f"the program calls {name!r}, which is no torch op")
     return found

@@ -24,9 +24,7 @@ def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> Non
     seen: dict[str, int] = {}
     for (name, dims), tensor in zip(expected, tensors, strict=True):
         if tensor.dim() != len(dims):
-            raise ValueError(
-                f"{name} has {tensor.dim()} dimensions; the program was captured for {len(dims)}"
-            )
+            raise ValueError(f"{name} has {tensor.dim()} dimensions; the program was captured for {len(dims)}")
         for dim, (want, size) in enumerate(zip(dims, tensor.shape, strict=True)):
             if isinstance(want, str):
                 # only plain symbols bind; "2*s0" and the like are left to the graph itself
@@ -59,14 +57,10 @@ def flat_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any])
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     info = getattr(graph._codegen, "pytree_info", None)
-    names = (
-        [node.target for node in placeholders] if info is None else [n for n in info.orig_args if n != "self"]
-    )
+    names = [node.target for node in placeholders] if info is None else [n for n in info.orig_args if n != "self"]
     bound = dict(zip(names, args, strict=False))
     if len(args) > len(names) or bound.keys() & kwargs.keys() or kwargs.keys() - set(names):
-        raise TypeError(
-            f"the captured program takes {', '.join(names)}; got {len(args)} positional and {list(kwargs)}"
-        )
+        raise TypeError(f"the captured program takes {', '.join(names)}; got {len(args)} positional and {list(kwargs)}")
     bound |= kwargs
     constants = {node.target: node.meta.get("val") for node in placeholders if tensor_of(node) is None}
     missing = [name for name in names if name not in bound and name not in constants]

@@ -146,9 +146,7 @@ def _lowered(value: Any) -> Any:
     return value.to(torch.float32) if isinstance(value, Tensor) and value.dtype is torch.float64 else value
 
 
-def _drop_eps(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _drop_eps(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Replace the eps of a norm, given as an argument or added to a mean square, by next to nothing."""
     name = getattr(getattr(target, "_schema", None), "name", "").removeprefix("aten::")
     position = _NORMS_WITH_EPS.get(name)

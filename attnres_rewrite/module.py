@@ -107,20 +107,16 @@ class RewrittenModule(fx.GraphModule):
             tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         for name, value in constants_of(self).items():
             tree.__dict__[name] = copy.deepcopy(value, memo)
-        new = RewrittenModule(
-            tree, self.programs, self.training, self.config, self.report, self.example_inputs
-        )
+        new = RewrittenModule(tree, self.programs, self.training, self.config, self.report, self.example_inputs)
         memo[id(self)] = new
         return new
 
     def __reduce__(self) -> Any:
-        raise TypeError(
-            "a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)"
-        )
+        raise TypeError("a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)")
 
 
 # what GraphModule.recompile leaves in the instance, beside the forward in its class
-_GENERATED = frozenset("_graph _code _lineno_map _prologue_start _in_spec _out_spec".split())
+_GENERATED = frozenset(["_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec"])
 
 
 def adopt_tree(module: nn.Module, tree: nn.Module) -> None:

@@ -68,9 +68,7 @@ class Proof:
     @property
     def passed(self) -> bool:
         # written so that a NaN does not pass
-        return self.output_error <= self.limit and (
-            self.gradient_error is None or self.gradient_error <= self.limit
-        )
+        return self.output_error <= self.limit and (self.gradient_error is None or self.gradient_error <= self.limit)
 
 
 @dataclass(frozen=True, slots=True)

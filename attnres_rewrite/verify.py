@@ -89,12 +89,7 @@ def _prove_original(
 
 
 def _added_names(program: Program) -> set[str]:
-    return {
-        f"{read.name}.{leaf}"
-        for plan in program.plans
-        for read in plan.reads
-        for leaf in ("query", "key_norm")
-    }
+    return {f"{read.name}.{leaf}" for plan in program.plans for read in plan.reads for leaf in ("query", "key_norm")}
 
 
 def _prove_independent(
@@ -137,9 +132,7 @@ def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence
     return detached, list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
-def _compare(
-    name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]
-) -> Proof:
+def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]) -> Proof:
     num_gradients = sum(gradient is not None for gradient in reference[1])
     if float32_ops:
         notes[f"no float64 kernel, run in float32: {', '.join(sorted(float32_ops))}"] = None
@@ -157,14 +150,10 @@ def _compare(
     )
 
 
-def _as_zeros(
-    reference: list[Tensor | None], found: list[Tensor | None]
-) -> tuple[list[Tensor], list[Tensor]]:
+def _as_zeros(reference: list[Tensor | None], found: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
     """Drop the gradients that neither run has; one that only one run has is compared with zeros."""
     pairs = [
-        (left, right)
-        for left, right in zip(reference, found, strict=True)
-        if left is not None or right is not None
+        (left, right) for left, right in zip(reference, found, strict=True) if left is not None or right is not None
     ]
     lefts = [left if left is not None else torch.zeros_like(right) for left, right in pairs]  # type: ignore[arg-type]
     rights = [right if right is not None else torch.zeros_like(left) for left, right in pairs]  # type: ignore[arg-type]
@@ -207,9 +196,7 @@ def _largest(value: Any) -> float:
     return float(torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().max())
 
 
-def prove_capture(
-    model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say
-) -> tuple[Proof, ...]:
+def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> tuple[Proof, ...]:
     """Compare the captured graph of the model's own mode with the model, forward, in its own precision.
 
     Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back.

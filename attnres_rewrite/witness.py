@@ -29,9 +29,7 @@ class _Step:
 class DepthInterpreter(LiftedInterpreter):
     """Evaluate a planned rewrite without rewriting anything."""
 
-    def __init__(
-        self, graph: fx.Graph, state: LiftedState, plans: Sequence[BlockPlan], config: AttnResConfig
-    ) -> None:
+    def __init__(self, graph: fx.Graph, state: LiftedState, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
         super().__init__(graph, state)
         self.config = config
         self._roots = {plan.stream.root for plan in plans}
@@ -102,9 +100,7 @@ class DepthInterpreter(LiftedInterpreter):
         return mix.movedim(-1, axis)
 
 
-def random_reads(
-    plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int
-) -> dict[str, Tensor]:
+def random_reads(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Draw queries that make logits of order one, and gains around one, for every read."""
     noise = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}

@@ -235,9 +235,7 @@ def versions() -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
     parser.add_argument("--limit", type=int, help="only the first N models")
     parser.add_argument("--only", default="", help="regular expression that names must match")

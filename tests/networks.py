@@ -56,9 +56,7 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """A pre-norm language model with a tied head."""
 
-    def __init__(
-        self, depth: int = 3, dropout: float = 0.0, block: Callable[[], nn.Module] | None = None
-    ) -> None:
+    def __init__(self, depth: int = 3, dropout: float = 0.0, block: Callable[[], nn.Module] | None = None) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList(block() if block else Block(dropout=dropout) for _ in range(depth))

@@ -112,9 +112,7 @@ def test_a_dimension_that_was_fixed_is_listed_and_checked_at_the_call():
     new = ar.rewrite(FixedLength().eval(), (ids(2, 5),), verify=False)
     assert new.report.capture.fixed_dims == (FixedDim("ids", 1, 5),)
     assert new(ids(4, 5)).shape == (4, 5, WIDTH)
-    with pytest.raises(
-        ValueError, match="ids has size 9 in dimension 1; the program was captured for 5 only"
-    ):
+    with pytest.raises(ValueError, match="ids has size 9 in dimension 1; the program was captured for 5 only"):
         new(ids(2, 9))
     with pytest.raises(ValueError, match="ids has 1 dimensions; the program was captured for 2"):
         new(ids()[0])
@@ -145,9 +143,7 @@ def test_signature_and_output_structure_survive():
     assert isinstance(out, Output)
     assert out.count == 3
     torch.testing.assert_close(out.logits, model({"ids": ids(3, 4)}, scale=2.0).logits)
-    torch.testing.assert_close(
-        new(batch={"ids": ids()}, scale=2.0).logits, model({"ids": ids()}, scale=2.0).logits
-    )
+    torch.testing.assert_close(new(batch={"ids": ids()}, scale=2.0).logits, model({"ids": ids()}, scale=2.0).logits)
 
 
 def test_modes_are_captured_once_when_they_do_not_differ_and_twice_when_they_do():
@@ -199,9 +195,7 @@ class Failing(Gpt):
             id="branch",
         ),
         pytest.param(Failing(), (ids(),), ar.CaptureError, "KeyError.*no such thing", id="raises"),
-        pytest.param(
-            Gpt(), (torch.randn(2, 5, 3),), ar.CaptureError, "could not be captured", id="wrong dtype"
-        ),
+        pytest.param(Gpt(), (torch.randn(2, 5, 3),), ar.CaptureError, "could not be captured", id="wrong dtype"),
         pytest.param(Gpt(), (ids(), ids()), ar.CaptureError, "too many positional", id="too many inputs"),
         pytest.param(Gpt(), (), ar.CaptureError, "missing a required argument", id="no inputs"),
         pytest.param(

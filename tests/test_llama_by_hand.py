@@ -29,15 +29,12 @@ class RmsNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         length, size = x.shape[1], WIDTH // HEADS
         q, k, v = (
-            p(x).view(*x.shape[:2], HEADS, size).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(x).view(*x.shape[:2], HEADS, size).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         angle = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, size, 2).double() / size))
         cos, sin = (f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
@@ -81,9 +78,7 @@ class AttnResLlama(nn.Module):
         self.embed = nn.Embedding(VOCAB, WIDTH)
         self.norms = nn.ModuleList(RmsNorm(eps) for _ in range(2 * LAYERS))
         self.sublayers = nn.ModuleList(Attention() if i % 2 == 0 else Mlp() for i in range(2 * LAYERS))
-        self.reads = nn.ModuleList(
-            DepthAttention() for _ in range(2 * LAYERS)
-        )  # of sub-layers 1.. and the output
+        self.reads = nn.ModuleList(DepthAttention() for _ in range(2 * LAYERS))  # of sub-layers 1.. and the output
         self.norm = RmsNorm(eps)
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
 
@@ -118,9 +113,7 @@ def parameters_by_hand(by_hand: AttnResLlama, new: ar.RewrittenModule) -> list[t
             pairs.append((f"{layer}.{part}.{name}", own, theirs[f"{layer}.{part}.{name}"]))
     for read, own in zip(new.report.reads, by_hand.reads, strict=True):
         stem = read.query_name.removesuffix(".query")
-        pairs += [
-            (f"{stem}.{leaf}", getattr(own, leaf), theirs[f"{stem}.{leaf}"]) for leaf in ("query", "key_norm")
-        ]
+        pairs += [(f"{stem}.{leaf}", getattr(own, leaf), theirs[f"{stem}.{leaf}"]) for leaf in ("query", "key_norm")]
     return pairs
 
 

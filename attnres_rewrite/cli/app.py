@@ -44,9 +44,7 @@ Output = Annotated[
         help="sum: at zero queries exactly the original. mean: the paper to the letter.",
     ),
 ]
-Schedule = Annotated[
-    str, typer.Option(metavar="auto|direct|two_phase", help="The order in which reads are computed.")
-]
+Schedule = Annotated[str, typer.Option(metavar="auto|direct|two_phase", help="The order in which reads are computed.")]
 NoKeyNorm = Annotated[bool, typer.Option("--no-key-norm", help="No learned gain on the normalised keys.")]
 Meta = Annotated[
     bool,
@@ -69,9 +67,7 @@ OutputPath = Annotated[
     typer.Option("-o", metavar="PATH", help="Folder to save in. Default: <name>.attnres, here."),
 ]
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 def _epilog(*examples: str) -> str:
@@ -257,9 +253,7 @@ def _count_or_full(blocks: str | None) -> int | str | None:
         raise ValueError(f"--blocks {blocks} must be a count or full") from None
 
 
-def _load(
-    model: str, config: "ar.AttnResConfig", meta: bool, batch: int | None, seq: int | None
-) -> load.Loaded:
+def _load(model: str, config: "ar.AttnResConfig", meta: bool, batch: int | None, seq: int | None) -> load.Loaded:
     if load.is_artifact(model) and config != ar.AttnResConfig():
         raise ValueError(f"{model} is a rewrite already: the options that plan one do not apply to it")
     with render.working("load the model"):
@@ -289,9 +283,7 @@ def _check_target(target: Path, force: bool) -> None:
     if not target.parent.is_dir():
         raise ValueError(f"-o {target}: there is no folder {target.parent}")
     if target.exists() and not force:
-        raise ArtifactError(
-            explain(f"{target} exists", remedy="--force replaces it, -o names another folder.")
-        )
+        raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another folder."))
 
 
 def _failed(figures: "ar.VerifyReport") -> str:

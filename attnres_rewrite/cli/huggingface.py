@@ -30,9 +30,7 @@ def build(folder: Path, *, meta: bool) -> tuple[Any, tuple[str, ...]]:
     """
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise _no_model(folder, error) from error
     for part in _with_parts(config):
@@ -129,9 +127,7 @@ def _from_weights(transformers: Any, folder: Path, cls: Any, config: Any) -> tup
     missing = sorted(loading["missing_keys"])
     if not missing:
         return model, ()
-    return model, (
-        f"{len(missing)} parameters of {cls.__name__} are in no file and random: {missing[0]} ...",
-    )
+    return model, (f"{len(missing)} parameters of {cls.__name__} are in no file and random: {missing[0]} ...",)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -160,9 +156,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelSpecError(
-            explain(f"{index} is damaged", why=f"{type(error).__name__}: {error}")
-        ) from error
+        raise ModelSpecError(explain(f"{index} is damaged", why=f"{type(error).__name__}: {error}")) from error
     return sorted(index.parent / str(name) for name in names)
 
 

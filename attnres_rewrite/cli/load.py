@@ -23,10 +23,7 @@ from attnres_rewrite.errors import ModelSpecError, explain
 
 DEFAULT_FACTORIES = ("build", "model", "make_model", "get_model")
 BATCH, SEQ = 2, 16
-FORMS = (
-    "MODEL is FILE.py[:factory], package.module:factory, a folder with a config.json, X.pt2, "
-    "or a saved rewrite."
-)
+FORMS = "MODEL is FILE.py[:factory], package.module:factory, a folder with a config.json, X.pt2, or a saved rewrite."
 RETURNS = "A factory returns a module, or (module, args), or (module, args, kwargs)."
 
 
@@ -91,9 +88,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 def _refuse_sizes(sized: bool, spec: str) -> None:
     if sized:
-        raise ValueError(
-            f"--batch and --seq size the inputs made for Hugging Face models; {spec} has its own"
-        )
+        raise ValueError(f"--batch and --seq size the inputs made for Hugging Face models; {spec} has its own")
 
 
 def _load_folder(path: Path, meta: bool, batch: int | None, seq: int | None) -> Loaded:
@@ -201,9 +196,7 @@ def _callables(module: ModuleType) -> list[str]:
     own = {
         name: value
         for name, value in vars(module).items()
-        if callable(value)
-        and getattr(value, "__module__", None) == module.__name__
-        and not name.startswith("_")
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
     }
     return sorted(own, key=lambda name: isinstance(own[name], type))
 

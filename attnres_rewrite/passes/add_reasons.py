@@ -11,9 +11,7 @@ from attnres_rewrite.passes.reachability import Operands, Reachability
 from attnres_rewrite.records import LeftAlone
 
 
-def left_alone(
-    reach: Reachability, on_stream: set[fx.Node], dropped: dict[fx.Node, str]
-) -> tuple[LeftAlone, ...]:
+def left_alone(reach: Reachability, on_stream: set[fx.Node], dropped: dict[fx.Node, str]) -> tuple[LeftAlone, ...]:
     """Return every add of tensors that is not in `on_stream`, with its reason, in graph order."""
     return tuple(
         LeftAlone(node.name, source_line(node), owner_of(node), dropped.get(node) or _reason(node, reach))
@@ -25,10 +23,7 @@ def left_alone(
 def summary(reasons: Sequence[LeftAlone]) -> str:
     """Count the reasons, most frequent first, one line each."""
     counts = Counter(entry.reason for entry in reasons)
-    return (
-        "\n  ".join(f"{count} x {reason}" for reason, count in counts.most_common())
-        or "The graph has no add."
-    )
+    return "\n  ".join(f"{count} x {reason}" for reason, count in counts.most_common()) or "The graph has no add."
 
 
 def _reason(node: fx.Node, reach: Reachability) -> str:

@@ -111,9 +111,7 @@ def carry_axis(carrier: fx.Node, axis: int) -> int | None:
     if name == "permute":
         return [dim % len(before) for dim in argument(carrier, 1, "dims")].index(axis)
     if name in ("transpose", "swapaxes", "swapdims", "t"):
-        first, second = (
-            (carrier.args[1] % len(before), carrier.args[2] % len(before)) if name != "t" else (0, 1)
-        )
+        first, second = (carrier.args[1] % len(before), carrier.args[2] % len(before)) if name != "t" else (0, 1)
         return {first: second, second: first}.get(axis, axis)
     if name in ("movedim", "moveaxis"):
         return _moved_axis(carrier, axis, len(before))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnres_rewrite.fxgraph import op_name, shape_of
+from attnres_rewrite.fxgraph import shape_of
 from attnres_rewrite.passes.carriers import is_channel_vector, stream_root
 from attnres_rewrite.passes.normalize_adds import ADD
 from attnres_rewrite.passes.reachability import Reachability
@@ -108,9 +108,7 @@ def _reads_before_injection(
         return False
     read = reach.seen[branch] & found[root].history
     on_stream = reach.straight[branch] & found[root].history
-    return (
-        bool(read & reach.mixed[branch]) and not on_stream and not reach.reaches_straight(branch_root, stream)
-    )
+    return bool(read & reach.mixed[branch]) and not on_stream and not reach.reaches_straight(branch_root, stream)
 
 
 def _classify_independent(

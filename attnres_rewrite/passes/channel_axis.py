@@ -16,9 +16,7 @@ from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, carried_input, rest
 _LAST_AXIS_NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
 _FIRST_AXIS_NORMS = frozenset("batch_norm group_norm instance_norm native_group_norm".split())
 _REDUCTIONS = frozenset("mean var std var_mean linalg_vector_norm norm sum".split())
-_ELEMENTWISE = (
-    CASTS | DROPOUTS | frozenset("pow square mul abs sub div neg relu gelu silu tanh sigmoid".split())
-)
+_ELEMENTWISE = CASTS | DROPOUTS | frozenset("pow square mul abs sub div neg relu gelu silu tanh sigmoid".split())
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution".split())
 _STEPS = 4  # element-wise ops followed from the stream to the reduction of a hand-written norm
 

@@ -29,22 +29,20 @@ from attnres_rewrite.errors import (
 from attnres_rewrite.fxgraph import (
     module_classes,
     module_path,
-    op_name,
-    owner_of,
     place_of,
     reads_shape_only,
     source_line,
     symbolic_shape_of,
     tensor_of,
 )
-from attnres_rewrite.passes import add_reasons, post_norm
+from attnres_rewrite.passes import add_reasons
 from attnres_rewrite.passes.carriers import carried_input, carriers_between, carry_axis
 from attnres_rewrite.passes.chains import Chain, classify_adds, link_chains
 from attnres_rewrite.passes.channel_axis import axis_votes
 from attnres_rewrite.passes.reachability import Reachability
 from attnres_rewrite.passes.scale_invariance import scale_culprits
 from attnres_rewrite.passes.select_chains import select_chains
-from attnres_rewrite.records import LeftAlone, ResidualStream, StreamSearch, Update
+from attnres_rewrite.records import ResidualStream, StreamSearch, Update
 
 
 def find_stream(gm: fx.GraphModule) -> StreamSearch:
@@ -117,9 +115,7 @@ def _no_stream(
 
 
 def _described(graph: fx.Graph, chains: Sequence[Chain]) -> tuple[ResidualStream, ...]:
-    stream_edges = {
-        add.node: _stream_position(add.node, add.stream) for chain in chains for add in chain.adds
-    }
+    stream_edges = {add.node: _stream_position(add.node, add.stream) for chain in chains for add in chain.adds}
     culprits = scale_culprits(graph, [add.node for chain in chains for add in chain.adds], stream_edges)
     names = _names(chains)
     return tuple(_describe(chain, name, culprits) for chain, name in zip(chains, names, strict=True))
@@ -133,9 +129,7 @@ def _describe(chain: Chain, name: str, culprits: dict[fx.Node, str]) -> Residual
     updates: list[Update] = []
     for previous, add in zip(chain.states, chain.adds, strict=False):
         position = 1 - _stream_position(add.node, add.stream)
-        updates.append(
-            Update(add.node, add.stream, position, add.kind, carriers_between(previous, add.stream))
-        )
+        updates.append(Update(add.node, add.stream, position, add.kind, carriers_between(previous, add.stream)))
     axes = _channel_axes(chain, updates)
     end = tensor_of(chain.end)
     assert end is not None
@@ -164,11 +158,7 @@ def _readers(state: fx.Node, following: Update | None) -> tuple[fx.Node, ...]:
                 continue
             if carried_input(user) is value:
                 todo.append(user)
-            if (
-                following is not None
-                and user is following.add
-                and user.args[following.branch_position] is not value
-            ):
+            if following is not None and user is following.add and user.args[following.branch_position] is not value:
                 continue
             if carried_input(user) is not value or _reads_beside(user, value):
                 found.append(user)

@@ -31,9 +31,7 @@ def insert_reads(gm: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnRes
     gm.recompile()
 
 
-def add_parameters(
-    root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig, device: torch.device
-) -> None:
+def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig, device: torch.device) -> None:
     """Give every planned read its query (zeros) and its gain (ones), [D] each, under the owner module.
 
     Raises:
@@ -104,11 +102,7 @@ def _carried(graph: fx.Graph, source: fx.Node, update: Update) -> fx.Node:
 def _same_layout(source: fx.Node, cast: fx.Node) -> bool:
     """Say whether a cast changes nothing for this source: clone and contiguous only copy."""
     before, after = tensor_of(source), tensor_of(cast)
-    return (
-        before is not None
-        and after is not None
-        and (before.dtype, before.device) == (after.dtype, after.device)
-    )
+    return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
 
 
 def _full_shape(graph: fx.Graph, update: Update, like: fx.Node) -> fx.Node:
@@ -147,9 +141,7 @@ def _read(
     )
     for node in (query, gain, mix):
         if node is not None:
-            node.meta = {
-                key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta
-            }
+            node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     value = tensor_of(like)
     assert value is not None
     mix.meta |= {

@@ -16,7 +16,6 @@ from attnres_rewrite.fxgraph import (
     aliased_inputs,
     argument,
     is_floating,
-    op_name,
     shape_of,
     tensor_of,
     written_inputs,
@@ -61,9 +60,7 @@ class SharedMemory:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
-        self.last_use = {
-            node: max((self.position[user] for user in node.users), default=-1) for node in graph.nodes
-        }
+        self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in graph.nodes}
         self.group_of: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             group = [node]

@@ -22,9 +22,7 @@ from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream
 DEFAULT_BLOCKS = 8
 
 
-def plan_blocks(
-    graph: fx.Graph, streams: Sequence[ResidualStream], config: AttnResConfig
-) -> tuple[BlockPlan, ...]:
+def plan_blocks(graph: fx.Graph, streams: Sequence[ResidualStream], config: AttnResConfig) -> tuple[BlockPlan, ...]:
     """Plan every stream; the graph is not changed.
 
     Raises:

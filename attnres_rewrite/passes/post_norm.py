@@ -17,10 +17,7 @@ _NORM_OPS = frozenset(
     linalg_vector_norm""".split()
 )
 _AROUND_A_NORM = (
-    CASTS
-    | DROPOUTS
-    | VIEWS
-    | frozenset("pow square sqrt rsqrt reciprocal mul div add sub getitem clamp_min".split())
+    CASTS | DROPOUTS | VIEWS | frozenset("pow square sqrt rsqrt reciprocal mul div add sub getitem clamp_min".split())
 )
 _ACTIVATIONS = frozenset("relu gelu silu tanh sigmoid leaky_relu hardtanh relu6 elu mish relu_ silu_".split())
 _MOST_UPDATES = 3  # attention, cross-attention, MLP: more updates between two norms make a stack, not a layer

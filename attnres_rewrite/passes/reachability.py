@@ -44,9 +44,7 @@ def operands_of(node: fx.Node) -> Operands | None:
     if node.target is not ADD or not is_floating(node) or len(shape_of(node) or ()) < 2:
         return None
     left, right = node.args[:2]
-    if not (
-        isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_floating(left) and is_floating(right)
-    ):
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node) and is_floating(left) and is_floating(right)):
         return None
     return Operands(left, right, stream_root(left), stream_root(right))
 

@@ -58,9 +58,7 @@ Degree = float | NotHomogeneous
 Degrees = dict[fx.Node, Degree]  # state -> degree; an absent state has degree 0
 
 
-def scale_culprits(
-    graph: fx.Graph, states: Sequence[fx.Node], stream_edges: dict[fx.Node, int]
-) -> dict[fx.Node, str]:
+def scale_culprits(graph: fx.Graph, states: Sequence[fx.Node], stream_edges: dict[fx.Node, int]) -> dict[fx.Node, str]:
     """Return the states some consumer of which depends on their scale, with the first such consumer.
 
     Args:
@@ -91,9 +89,7 @@ def _blame(culprits: dict[fx.Node, str], degrees: Degrees, consumer: fx.Node) ->
         if isinstance(degree, NotHomogeneous):
             culprits.setdefault(state, degree.culprit)
         elif degree != 0:
-            where = (
-                "an output of the model" if consumer.op == "output" else f"the add at {place_of(consumer)}"
-            )
+            where = "an output of the model" if consumer.op == "output" else f"the add at {place_of(consumer)}"
             culprits.setdefault(state, f"{where} takes it without a norm")
 
 

@@ -23,10 +23,7 @@ def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Ch
     alive = _nodes_before_output(reach)
     for whole in chains:
         chain = _trimmed(whole)
-        dropped |= {
-            add.node: "adds a value that does not read the stream"
-            for add in set(whole.adds) - set(chain.adds)
-        }
+        dropped |= {add.node: "adds a value that does not read the stream" for add in set(whole.adds) - set(chain.adds)}
         if not any(add.kind == "residual" for add in chain.adds):
             drop(chain, "adds a value that does not read the stream")
         elif chain.end not in alive:
@@ -91,9 +88,7 @@ def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
             for state, add in zip(chain.states, chain.adds, strict=False)
         )
         if carried * 2 < len(chain.adds):
-            reasons[index] = (
-                "adds one value again and again, which no later layer carries on (a mask or a bias)"
-            )
+            reasons[index] = "adds one value again and again, which no later layer carries on (a mask or a bias)"
     if len(reasons) == len(chains):
         # with no stream left to carry them, states that leak into each other are streams that exchange updates
         reasons |= _exchanging(chains, reach)
@@ -113,9 +108,7 @@ def _post_dominators(chains: Sequence[Chain], reach: Reachability) -> dict[fx.No
     return nx.immediate_dominators(backwards, output)
 
 
-def _passes_through(
-    state: fx.Node, add: fx.Node, closer: dict[fx.Node, fx.Node], reach: Reachability
-) -> bool:
+def _passes_through(state: fx.Node, add: fx.Node, closer: dict[fx.Node, fx.Node], reach: Reachability) -> bool:
     node = state
     while node in closer and reach.position[node] < reach.position[add]:
         following = closer[node]

@@ -61,9 +61,7 @@ def test_more_blocks_than_updates_is_a_wrong_argument(cli):
 
 
 def test_a_model_without_a_stream_is_refused(cli, folder):
-    (folder / "net.py").write_text(
-        "import torch\ndef build(): return torch.nn.Linear(3, 3), (torch.ones(2, 3),)\n"
-    )
+    (folder / "net.py").write_text("import torch\ndef build(): return torch.nn.Linear(3, 3), (torch.ones(2, 3),)\n")
     done = cli("rewrite", "net.py", "--json")
     assert done.code == 1
     assert done.facts["error"]["class"] == "NoStreamError"
@@ -71,9 +69,7 @@ def test_a_model_without_a_stream_is_refused(cli, folder):
 
 
 def test_inputs_that_do_not_fit_are_refused(cli, folder):
-    (folder / "net.py").write_text(
-        "import torch\ndef build(): return torch.nn.Linear(3, 3), (torch.ones(2, 4),)\n"
-    )
+    (folder / "net.py").write_text("import torch\ndef build(): return torch.nn.Linear(3, 3), (torch.ones(2, 4),)\n")
     done = cli("inspect", "net.py", "--json")
     assert done.code == 1
     assert done.facts["error"]["class"] == "CaptureError"

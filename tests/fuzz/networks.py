@@ -85,9 +85,7 @@ class Network(nn.Module):
         hidden = tuple(states) if self.spec.reader == "collect" else None
         return self._pack(ModelOutput(logits, loss, aux, hidden))
 
-    def _run(
-        self, first: Tensor, second: Tensor | None, condition: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, first: Tensor, second: Tensor | None, condition: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         main = getattr(self, self.names[-1])
         if self.spec.topology == "single":
             x, states = main(first, condition)
@@ -118,9 +116,7 @@ class Network(nn.Module):
 
     def _pack(self, out: ModelOutput) -> Any:
         present = {
-            name: value
-            for name in ("loss", "logits", "aux", "hidden")
-            if (value := getattr(out, name)) is not None
+            name: value for name in ("loss", "logits", "aux", "hidden") if (value := getattr(out, name)) is not None
         }
         if self.spec.output == "tensor":
             return out.logits if out.loss is None else out.loss

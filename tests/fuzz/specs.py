@@ -258,9 +258,7 @@ def random_spec(seed: int) -> NetworkSpec:
 def _affordable_layers(spec: NetworkSpec) -> int:
     """Return the depth at which the graph has some 320 nodes, half a second of export."""
     mixer = sum(15 + 10 * spec.rotary if kind == "softmax" else 45 for kind in spec.mixers) / len(spec.mixers)
-    mlp = sum(30 if kind in ("moe_dense", "moe_loop", "nested") else 10 for kind in spec.mlps) / len(
-        spec.mlps
-    )
+    mlp = sum(30 if kind in ("moe_dense", "moe_loop", "nested") else 10 for kind in spec.mlps) / len(spec.mlps)
     norm = 20 if spec.norm.startswith("rms_") else 2
     per_layer = mixer + mlp + norm * (1 + (spec.norm_place == "sandwich")) + 10
     stacks = 1 if spec.topology == "single" else 2

@@ -216,9 +216,7 @@ class Injection(nn.Module):
         if spec.inject_shape == "vector":
             self.vector = nn.Parameter(torch.zeros(spec.width))
         else:
-            self.body = nn.Sequential(
-                nn.Linear(FEATURES, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width)
-            )
+            self.body = nn.Sequential(nn.Linear(FEATURES, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
 
     def forward(self, condition: Tensor | None) -> Tensor:
         if self.spec.inject_shape == "vector":

@@ -17,9 +17,7 @@ def rewrite(model: nn.Module, *args: Tensor, **config: object) -> RewrittenModul
 def stream_text(graph: fx.Graph) -> str:
     """Print the reads and the adds of their sources, with short names."""
     shown = [
-        n
-        for n in graph.nodes
-        if n.target is block_attn_res or (n.target is torch.ops.aten.add.Tensor and feeds(n))
+        n for n in graph.nodes if n.target is block_attn_res or (n.target is torch.ops.aten.add.Tensor and feeds(n))
     ]
     names = {node: f"s{i}" for i, node in enumerate(shown)}
 
@@ -62,9 +60,7 @@ def test_new_parameters_are_vectors_beside_the_old_keys():
     added = {name: value for name, value in keys.items() if name not in old}
     assert len(added) == 12
     assert {tuple(value.shape) for value in added.values()} == {(WIDTH,)}
-    assert all(
-        not value.any() if name.endswith("query") else (value == 1).all() for name, value in added.items()
-    )
+    assert all(not value.any() if name.endswith("query") else (value == 1).all() for name, value in added.items())
     assert new.report.num_parameters_added == 12 * WIDTH
 
 

@@ -17,9 +17,7 @@ class TorchEncoder(nn.Module):
 
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            HIDDEN, HEADS, 96, dropout=0.1, batch_first=True, norm_first=norm_first
-        )
+        layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, 96, dropout=0.1, batch_first=True, norm_first=norm_first)
         norm = nn.LayerNorm(HIDDEN) if norm_first else None
         self.embed = nn.Embedding(VOCAB, HIDDEN)
         self.encoder = nn.TransformerEncoder(layer, LAYERS, norm=norm, enable_nested_tensor=False)
@@ -38,8 +36,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = (
-            part.view(batch, length, HEADS, width // HEADS).transpose(1, 2)
-            for part in self.qkv(x).split(width, 2)
+            part.view(batch, length, HEADS, width // HEADS).transpose(1, 2) for part in self.qkv(x).split(width, 2)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.proj(mixed.transpose(1, 2).contiguous().view(batch, length, width)))

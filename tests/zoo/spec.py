@@ -54,9 +54,7 @@ _RECURRENT = ("A_log", "dt_bias", "time_decay", "time_first", "dt_proj")
 _LAYER_SCALES = ("gamma", "lambda", "layer_scale", "_gate")
 
 
-def _redraw_parameter(
-    module: nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator
-) -> None:
+def _redraw_parameter(module: nn.Module, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
     if any(word in name for word in _RECURRENT):
         return
     noise = torch.randn(parameter.shape, generator=generator)

@@ -26,9 +26,7 @@ LENGTH = 16
 
 def sweep() -> tuple[Spec, ...]:
     """Return one entry a class, in the order of the library's own tables."""
-    return tuple(
-        Spec(name, task, partial(build, name), partial(inputs, name, task)) for name, task in _classes()
-    )
+    return tuple(Spec(name, task, partial(build, name), partial(inputs, name, task)) for name, task in _classes())
 
 
 def _classes() -> Iterator[tuple[str, str]]:

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.importorskip(
-    "transformers", reason="the zoo is built from transformers: pip install attnres-rewrite[zoo]"
-)
+pytest.importorskip("transformers", reason="the zoo is built from transformers: pip install attnres-rewrite[zoo]")
 
 import attnres_rewrite as ar
 from tests.zoo.builders import Spec, hand_counted, sweep, timm_sweep

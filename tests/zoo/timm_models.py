@@ -39,9 +39,7 @@ def _images(size: int) -> Inputs:
     return {"x": noise(BATCH, 3, size, size)}
 
 
-def _timm(
-    name: str, architecture: str, expected: tuple[int, ...] | None, image: int, fields: dict[str, Any]
-) -> Spec:
+def _timm(name: str, architecture: str, expected: tuple[int, ...] | None, image: int, fields: dict[str, Any]) -> Spec:
     return Spec(name, "timm", partial(build, architecture, fields), partial(_images, image), expected)
 
 
