@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Route:
 
 # Non-strict captures more and takes half the time; fixed shapes are the last resort of each.
 ROUTES = (Route(False, True), Route(False, False), Route(True, True), Route(True, False))
+FIXED_ROUTES = tuple(route for route in ROUTES if not route.dynamic)
 
 
 def capture(
@@ -59,6 +60,7 @@ def capture(
     dynamic_shapes: Any = None,
     *,
     both_modes: bool = True,
+    try_dynamic: bool = True,
     progress: Progress | None = None,
 ) -> Captured:
     """Capture `model` on example inputs.
@@ -70,6 +72,7 @@ def capture(
         dynamic_shapes: As torch.export takes it. None keeps batch and sequence dynamic wherever the
             model allows: the first dimension of every tensor, the first two of [B, T] and [B, T, D].
         both_modes: Capture train mode and eval mode; False captures the model's own mode only.
+        try_dynamic: False goes straight to fixed shapes, in half the time, and lists no fixed dimension.
         progress: Called with the name of each step.
 
     Raises:
@@ -97,12 +100,13 @@ def capture(
     for mode in [model.training, not model.training] if both_modes else [model.training]:
         say(f"capture ({'train' if mode else 'eval'})")
         with _in_mode(model, mode):
-            routes = ROUTES if route is None else (route,)
+            routes = (ROUTES if try_dynamic else FIXED_ROUTES) if route is None else (route,)
             program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
         programs[mode] = _normalised(program)
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
-    return _captured(programs, model.training, str(route), start)
+    captured = _captured(programs, model.training, str(route), start)
+    return captured if try_dynamic else replace(captured, fixed_dims=())
 
 
 def refuse_rewritten(model: object) -> None:
@@ -334,7 +338,6 @@ def _add_input_check(gm: fx.GraphModule) -> None:
     dims = tuple(input_dims(node) for node in tensors)
     with gm.graph.inserting_after(placeholders[-1]):
         gm.graph.call_function(check_inputs, (tuple(dims), *tensors))
-    gm.recompile()
 
 
 def input_dims(placeholder: fx.Node) -> InputDims:

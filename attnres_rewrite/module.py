@@ -164,7 +164,6 @@ def merge_trees(programs: Mapping[bool, fx.GraphModule]) -> None:
                 node.target = _moved_into(first, other, node.target)
     for other in others:
         adopt_tree(other, first)
-        other.recompile()
 
 
 def _moved_into(tree: nn.Module, source: nn.Module, target: str) -> str:

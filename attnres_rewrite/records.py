@@ -123,7 +123,8 @@ class FixedDim:
 class Captured:
     """A model as graphs: one for each mode that was captured, sharing every parameter.
 
-    `programs` maps a training flag to its graph in ATen training IR. Both flags map to one graph when
+    `programs` maps a training flag to its graph in ATen training IR; passes edit the graphs, and the code that
+    runs is generated once, in RewrittenModule. Both flags map to one graph when
     the modes do not differ; a flag is absent when the capture could not cover it.
     """
 

@@ -24,11 +24,13 @@ aten = torch.ops.aten
 
 
 def insert_reads(gm: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
-    """Rewrite the streams of `gm` in place; `add_parameters` must have made the queries and gains."""
+    """Rewrite the streams in the graph of `gm`; its code is not generated anew.
+
+    `add_parameters` must have made the queries and gains.
+    """
     for plan in plans:
         _rewrite_stream(gm.graph, plan, config)
     gm.graph.lint()
-    gm.recompile()
 
 
 def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import networkx as nx
 from torch import fx
 
-from attnres_rewrite.fxgraph import reads_shape_only
+from attnres_rewrite.fxgraph import reads_shape_only, written_inputs
 from attnres_rewrite.passes import post_norm
 from attnres_rewrite.passes.carriers import carried_input, stream_root
 from attnres_rewrite.passes.chains import Chain
@@ -27,7 +27,7 @@ def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Ch
         if not any(add.kind == "residual" for add in chain.adds):
             drop(chain, "adds a value that does not read the stream")
         elif chain.end not in alive:
-            drop(chain, "its result reaches no output")
+            drop(chain, _why_dead(chain))
         else:
             kept.append(chain)
     for reason_of in (_stars, _nested, _cut_by_norm, _single, _exchanging):
@@ -60,6 +60,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
             elif not reads_shape_only(user):
                 users.append(user)
     return users[0] if len(users) == 1 else None
+
+
+def _why_dead(chain: Chain) -> str:
+    if any(written_inputs(user) for user in chain.end.users):
+        return "is written in place into another tensor: a recurrence inside a layer"
+    return "its result reaches no output"
 
 
 def _nodes_before_output(reach: Reachability) -> set[fx.Node]:

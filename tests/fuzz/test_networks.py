@@ -125,7 +125,7 @@ def test_trainable_networks_give_gradients(seed: int) -> None:
 
 
 def test_most_graphs_are_small() -> None:
-    sizes = sorted(len(capture(build(random_spec(seed)), False).graph.nodes) for seed in range(40))
+    sizes = sorted(len(capture(build(random_spec(seed)), False).graph.nodes) for seed in range(0, 60, 5))
     assert sizes[len(sizes) // 2] < 450
     assert sizes[-1] < 2000
 

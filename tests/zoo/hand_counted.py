@@ -222,7 +222,9 @@ def encoders() -> list[Spec]:
            pad_token_id=0, eos_token_id=1, decoder_start_token_id=0),
         hf("mbart", "MBartForConditionalGeneration", SEQ2SEQ, ENCODER_DECODER, inputs=text_to_text),
         hf("pegasus", "PegasusForConditionalGeneration", SEQ2SEQ, ENCODER_DECODER, inputs=text_to_text),
-        hf("m2m_100", "M2M100ForConditionalGeneration", SEQ2SEQ, ENCODER_DECODER, inputs=text_to_text),
+        # no layerdrop: whether a layer runs would depend on a random tensor
+        hf("m2m_100", "M2M100ForConditionalGeneration", SEQ2SEQ, ENCODER_DECODER, inputs=text_to_text,
+           encoder_layerdrop=0.0, decoder_layerdrop=0.0),
         hf("whisper", "WhisperForConditionalGeneration", SEQ2SEQ, WHISPER, inputs=speech_to_text),
         hf("vit", "ViTForImageClassification", SEQUENTIAL, VISION, inputs=image),
         hf("deit", "DeiTForImageClassification", SEQUENTIAL, VISION, inputs=image),
@@ -248,7 +250,8 @@ def refused() -> list[Spec]:
         # hyper-connections: four mixed streams; AltUp: four predicted and corrected ones
         _swept("deepseek_v4", "DeepseekV4ForCausalLM", "NoStreamError"),
         hf("gemma3n", "Gemma3nForCausalLM", "NoStreamError", GROUPED, head_dim=16, laurel_rank=8,
-           num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16),
+           num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16,
+           altup_coef_clip=None),  # clips weights in place while training, which no export traces
         # transformers' own Block Attention Residuals
         _swept("inkling2", "Inkling2ForCausalLM", "AlreadyRewrittenError"),
     ]
