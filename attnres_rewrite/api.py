@@ -54,7 +54,8 @@ def rewrite(
         args: Positional example inputs, as `model` takes them.
         kwargs: Example inputs given by name.
         config: Blocks, output form and parameters; see AttnResConfig.
-        dynamic_shapes: As torch.export takes it; None keeps batch and sequence dynamic where the model allows.
+        dynamic_shapes: As torch.export takes it; None keeps batch and sequence dynamic where the model allows;
+            {} fixes every shape, which halves the time.
         share_parameters: Use the model's own Parameter objects; False copies them.
         verify: Run the proofs of `attnres_rewrite.verify` on the example inputs; a failed one raises.
         progress: Called with the name of each stage as it starts.
@@ -106,11 +107,9 @@ def inspect(
     """
     say = progress or (lambda stage: None)
     args, kwargs = plain_inputs((tuple(args), dict(kwargs or {})))
-    # a program of meta tensors never runs, so it need not be dynamic
-    dynamic = dynamic_shapes is not None or not _is_meta(model)
-    captured = capture(
-        model, args, kwargs, dynamic_shapes, both_modes=False, try_dynamic=dynamic, progress=progress
-    )
+    if dynamic_shapes is None and _is_meta(model):
+        dynamic_shapes = {}  # a program of meta tensors never runs
+    captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
     say("find the stream, plan the blocks")
     start = time.perf_counter()
     planned = _plan(captured.programs[captured.training], config)

@@ -98,7 +98,7 @@ def _write(new: RewrittenModule, draft: Path) -> None:
     }
     _write_json(draft / "program.json", facts)
     _write_json(draft / "report.json", new.report.to_dict())
-    source = json.dumps([program["original"] for program in facts["programs"]], sort_keys=True)
+    source = json.dumps([graph_to_json(program.original) for program in programs.values()], sort_keys=True)
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -294,7 +294,7 @@ def _import_output_classes(facts: Mapping[str, Any]) -> None:
         "transformers." in str(program[name]["call"]) for program in facts["programs"] for name in ("graph", "original")
     ):
         try:
-            import transformers.modeling_outputs  # noqa: F401
+            importlib.import_module("transformers.modeling_outputs")
         except ImportError as why:
             raise ArtifactError("the saved model returns a class of transformers, which is not installed") from why
 
@@ -362,7 +362,8 @@ def _plan_from_json(data: Any, nodes: Mapping[str, fx.Node]) -> BlockPlan:
 
 def _config_from(data: Mapping[str, Any]) -> AttnResConfig:
     dtype = data["param_dtype"]
-    return AttnResConfig(**{**data, "param_dtype": None if dtype is None else getattr(torch, dtype)})
+    fields: dict[str, Any] = {**data, "param_dtype": None if dtype is None else getattr(torch, dtype)}
+    return AttnResConfig(**fields)
 
 
 def _example_inputs(graph: fx.Graph, leaves: list[Any]) -> ExampleInputs:

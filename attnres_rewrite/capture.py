@@ -16,7 +16,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,7 +50,17 @@ class Route:
 
 # Non-strict captures more and takes half the time; fixed shapes are the last resort of each.
 ROUTES = (Route(False, True), Route(False, False), Route(True, True), Route(True, False))
-FIXED_ROUTES = tuple(route for route in ROUTES if not route.dynamic)
+
+
+def _asks_for_fixed(dynamic_shapes: Any) -> bool:
+    return dynamic_shapes is not None and not dynamic_shapes
+
+
+def _routes(dynamic_shapes: Any) -> tuple[Route, ...]:
+    """Return the routes to try: those that honour what was asked for."""
+    if dynamic_shapes is None:
+        return ROUTES
+    return tuple(route for route in ROUTES if route.dynamic is not _asks_for_fixed(dynamic_shapes))
 
 
 def capture(
@@ -60,7 +70,6 @@ def capture(
     dynamic_shapes: Any = None,
     *,
     both_modes: bool = True,
-    try_dynamic: bool = True,
     progress: Progress | None = None,
 ) -> Captured:
     """Capture `model` on example inputs.
@@ -70,9 +79,9 @@ def capture(
         args: Positional example inputs; tensors give shapes, dtypes and devices only.
         kwargs: Example inputs given by name.
         dynamic_shapes: As torch.export takes it. None keeps batch and sequence dynamic wherever the
-            model allows: the first dimension of every tensor, the first two of [B, T] and [B, T, D].
+            model allows: the first dimension of every tensor, the first two of [B, T] and [B, T, D]. {} fixes
+            every shape, which halves the time.
         both_modes: Capture train mode and eval mode; False captures the model's own mode only.
-        try_dynamic: False goes straight to fixed shapes, in half the time, and lists no fixed dimension.
         progress: Called with the name of each step.
 
     Raises:
@@ -83,6 +92,9 @@ def capture(
     """
     start = time.perf_counter()
     say = progress or (lambda stage: None)
+    # callers are not all type-checked
+    if not isinstance(model, nn.Module | ExportedProgram):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
     refuse_rewritten(model)
     if isinstance(model, ExportedProgram):
         say("capture (exported program)")
@@ -90,8 +102,6 @@ def capture(
     if isinstance(model, fx.GraphModule) and _is_aten(model):
         say("capture (graph module)")
         return _from_graph_module(model, start)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
     _refuse_other_device(model, (tuple(args), dict(kwargs or {})))
@@ -100,13 +110,13 @@ def capture(
     for mode in [model.training, not model.training] if both_modes else [model.training]:
         say(f"capture ({'train' if mode else 'eval'})")
         with _in_mode(model, mode):
-            routes = (ROUTES if try_dynamic else FIXED_ROUTES) if route is None else (route,)
+            routes = _routes(dynamic_shapes) if route is None else (route,)
             program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
         programs[mode] = _normalised(program)
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
     captured = _captured(programs, model.training, str(route), start)
-    return captured if try_dynamic else replace(captured, fixed_dims=())
+    return replace(captured, fixed_dims=()) if _asks_for_fixed(dynamic_shapes) else captured
 
 
 def refuse_rewritten(model: object) -> None:
@@ -151,10 +161,9 @@ def _export(
     failures: list[tuple[Route, Exception]] = []
     automatic = dynamic_shapes is None
     for route in routes:
-        if not automatic and not route.dynamic:
-            continue
         try:
-            shapes = _automatic_shapes(model, args, kwargs) if automatic and route.dynamic else dynamic_shapes
+            shapes = _automatic_shapes(model, args, kwargs) if automatic else dynamic_shapes
+            shapes = shapes if route.dynamic else None
             with _quiet(), torch.enable_grad():
                 return (
                     torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=route.strict),
@@ -226,7 +235,7 @@ def _automatic_dims(leaf: object) -> dict[int, Any] | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence what torch.export prints, logs and warns of: its failures come as exceptions too."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -239,7 +248,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def _in_mode(model: nn.Module, training: bool) -> Generator[None]:
     """Put every submodule in one mode, unless it is the model's own, and restore each flag after."""
     if model.training == training:
         yield

@@ -1,7 +1,7 @@
 """Every choice of a rewrite and its default, once."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
@@ -70,7 +70,7 @@ def _check_count(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} must be an integer")
-    if cast(int, value) < 1:
+    if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph
 from attnres_rewrite.module import adopt_tree
@@ -52,7 +53,7 @@ def _unwrap_numbers(graph: fx.Graph, args: Sequence[Any]) -> None:
             for user in [user for user in node.users if user.op == "call_method" and user.target == "item"]:
                 number = value.item()
                 for reader in list(user.users):
-                    reader.args, reader.kwargs = fx.node.map_aggregate(
+                    reader.args, reader.kwargs = map_aggregate(
                         (reader.args, dict(reader.kwargs)),
                         lambda arg, old=user, new=number: new if arg is old else arg,
                     )

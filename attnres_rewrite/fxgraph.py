@@ -61,8 +61,8 @@ def _symbolic_size(size: int | torch.SymInt) -> int | str:
 
 
 _SHAPE_ONLY = frozenset(
-    """sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata zeros_like ones_like empty_like full_like
-    rand_like randn_like new_zeros new_ones new_empty new_full""".split()
+    """sym_size sym_stride sym_numel sym_storage_offset _assert_tensor_metadata zeros_like ones_like empty_like
+    full_like rand_like randn_like new_zeros new_ones new_empty new_full""".split()
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.fxgraph import tensor_of
@@ -40,7 +41,7 @@ def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> Non
                 )
 
 
-fx.node.has_side_effect(check_inputs)
+has_side_effect(check_inputs)
 
 
 def plain_inputs(inputs: Any) -> Any:

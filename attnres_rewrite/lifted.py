@@ -5,7 +5,7 @@ tensors made with the default dtype. An op without a float64 kernel runs in floa
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,7 +167,7 @@ def _cuda_devices(leaves: Sequence[Any]) -> list[torch.device]:
 
 
 @contextmanager
-def _float64_by_default() -> Iterator[None]:
+def _float64_by_default() -> Generator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

@@ -187,33 +187,30 @@ def report_from_dict(facts: dict[str, Any]) -> RewriteReport:
         KeyError: A field is missing.
         TypeError: A field is not known to this release.
     """
-    capture = facts["capture"]
     verify = facts["verify"]
     return RewriteReport(
         model=facts["model"],
         config=facts["config"],
-        capture=CaptureReport(
-            **{
-                **capture,
-                "modes": tuple(capture["modes"]),
-                "fixed_dims": tuple(FixedDim(**dim) for dim in capture["fixed_dims"]),
-            }
-        ),
-        streams=tuple(
-            StreamReport(
-                **{
-                    **stream,
-                    "blocks": tuple((first, last) for first, last in stream["blocks"]),
-                    "reads": tuple(ReadReport(**read) for read in stream["reads"]),
-                }
-            )
-            for stream in facts["streams"]
-        ),
+        capture=_capture_from_dict(facts["capture"]),
+        streams=tuple(_stream_from_dict(stream) for stream in facts["streams"]),
         left_alone=tuple(LeftAlone(**entry) for entry in facts["left_alone"]),
         num_parameters_added=facts["num_parameters_added"],
         pass_seconds=facts["pass_seconds"],
         verify=None if verify is None else _verify_from_dict(verify),
     )
+
+
+def _capture_from_dict(facts: dict[str, Any]) -> CaptureReport:
+    fixed_dims = tuple(FixedDim(**dim) for dim in facts["fixed_dims"])
+    fields: dict[str, Any] = {**facts, "modes": tuple(facts["modes"]), "fixed_dims": fixed_dims}
+    return CaptureReport(**fields)
+
+
+def _stream_from_dict(facts: dict[str, Any]) -> StreamReport:
+    blocks = tuple((first, last) for first, last in facts["blocks"])
+    reads = tuple(ReadReport(**read) for read in facts["reads"])
+    fields: dict[str, Any] = {**facts, "blocks": blocks, "reads": reads}
+    return StreamReport(**fields)
 
 
 def _verify_from_dict(facts: dict[str, Any]) -> VerifyReport:

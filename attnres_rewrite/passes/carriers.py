@@ -104,14 +104,16 @@ def carriers_between(top: fx.Node, bottom: fx.Node) -> tuple[fx.Node, ...]:
 def carry_axis(carrier: fx.Node, axis: int) -> int | None:
     """Return where a carrier puts an axis of its input, counted from 0; None when it breaks it up."""
     before, after = shape_of(carried_input(carrier)), shape_of(carrier)
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     name = op_name(carrier)
     if name not in VIEWS:
         return axis
     if name == "permute":
         return [dim % len(before) for dim in argument(carrier, 1, "dims")].index(axis)
     if name in ("transpose", "swapaxes", "swapdims", "t"):
-        first, second = (carrier.args[1] % len(before), carrier.args[2] % len(before)) if name != "t" else (0, 1)
+        pair = (0, 1) if name == "t" else (argument(carrier, 1, "dim0"), argument(carrier, 2, "dim1"))
+        first, second = (dim % len(before) for dim in pair)
         return {first: second, second: first}.get(axis, axis)
     if name in ("movedim", "moveaxis"):
         return _moved_axis(carrier, axis, len(before))

@@ -190,7 +190,7 @@ def _channel_axes(chain: Chain, updates: Sequence[Update]) -> tuple[int, ...]:
             )
         )
     axis: int | None = agreed.pop()
-    axes = [axis]
+    axes: list[int | None] = [axis]
     for path in moves:
         for carrier in path:
             axis = None if axis is None else carry_axis(carrier, axis)

@@ -120,7 +120,8 @@ def _full_shape(graph: fx.Graph, update: Update, like: fx.Node) -> fx.Node:
 
 def _cast(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     value, wanted = tensor_of(node), tensor_of(like)
-    assert value is not None and wanted is not None
+    assert value is not None
+    assert wanted is not None
     if value.dtype == wanted.dtype:
         return node
     return _call(graph, aten.to.dtype, (node, wanted.dtype), like=like)

@@ -9,6 +9,8 @@ An in-place op is kept where its write can be seen elsewhere: by the caller, or 
 of the same memory that is used later. Values do not change; names of kept nodes do not change.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -94,7 +96,7 @@ def _spell_out_factor(node: fx.Node) -> None:
     first, second = argument(node, 0, "input"), argument(node, 1, "other")
     if not (isinstance(first, fx.Node) and isinstance(second, fx.Node) and is_floating(node)):
         return
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     if node.target is not ADD:
         if shape_of(first) != shape_of(second):
             return

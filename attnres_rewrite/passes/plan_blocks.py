@@ -119,4 +119,5 @@ def _owner(readers: Sequence[fx.Node], parents: set[str]) -> str:
     path = module_path(readers[0])
     if not path:
         return ""
-    return path[-2] if len(path) > 1 and path[-1] not in parents else path[-1]
+    *above, innermost = path
+    return above[-1] if above and innermost not in parents else innermost

@@ -142,7 +142,7 @@ def degree_of(node: fx.Node, degree: Callable[[Any], Degree]) -> float | None:
     if name == "einsum":
         return sum(inputs)
     if name in ("cat", "stack", "concat"):
-        parts = {degree(part) for part in node.args[0] if op_name(part) not in _ZEROS}  # type: ignore[union-attr]
+        parts: set[Any] = {degree(part) for part in node.args[0] if op_name(part) not in _ZEROS}  # type: ignore[union-attr]
         return parts.pop() if len(parts) == 1 else None
     if name in ("add", "sub"):
         return _degree_of_sum(node, of)

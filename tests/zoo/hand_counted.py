@@ -247,11 +247,8 @@ def refused() -> list[Spec]:
         hf("deberta_v2", "DebertaV2ForMaskedLM", "PostNormError", DENSE),
         hf("bart", "BartForConditionalGeneration", "PostNormError", ENCODER_DECODER,
            inputs=text_to_text),
-        # hyper-connections: four mixed streams; AltUp: four predicted and corrected ones
+        # hyper-connections: four streams that are mixed before and after every branch
         _swept("deepseek_v4", "DeepseekV4ForCausalLM", "NoStreamError"),
-        hf("gemma3n", "Gemma3nForCausalLM", "NoStreamError", GROUPED, head_dim=16, laurel_rank=8,
-           num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16,
-           altup_coef_clip=None),  # clips weights in place while training, which no export traces
         # transformers' own Block Attention Residuals
         _swept("inkling2", "Inkling2ForCausalLM", "AlreadyRewrittenError"),
     ]

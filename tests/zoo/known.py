@@ -13,6 +13,8 @@ NOT_CAPTURED = {
     "DbrxForCausalLM": "a Python loop over the experts that were hit",
     "LongcatFlashForCausalLM": "a Python loop over the experts that were hit",
     "Qwen4ExpForCausalLM": "the number of blocks kept depends on the text",
+    "Gemma3nForCausalLM": "clips weights in place while training",
+    "Gemma3nForConditionalGeneration": "clips weights in place while training",
     "LongformerForMaskedLM": "asks whether any token is global",
     "LEDForConditionalGeneration": "asks whether any token is global",
     "FSMTForConditionalGeneration": "asks whether any token is padding",

@@ -54,8 +54,8 @@ def hand_counted_timm() -> list[Spec]:
         counted("timm_vit_relpos", "vit_relpos_small_patch16_224", TWO_A_LAYER, fields=VIT),
         counted("timm_vit_parallel", "vit_small_patch16_18x2_224", TWO_A_LAYER, fields=VIT),
         counted("timm_mixer", "mlp_mixer.MlpMixer", TWO_A_LAYER, fields=MIXER),
-        # six, and the residual MLP of the head that pools by attention
-        counted("timm_siglip", "vit_base_patch16_siglip_224", (2 * LAYERS + 1,), fields=VIT),
+        # the head that pools by attention has one residual MLP on a root of its own, which is no stream
+        counted("timm_siglip", "vit_base_patch16_siglip_224", TWO_A_LAYER, fields=VIT),
         counted(
             "timm_swin",
             "swin_tiny_patch4_window7_224",
