@@ -73,13 +73,13 @@ def rewrite(
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
     say("find the stream, plan the blocks, insert the reads")
     start = time.perf_counter()
-    planned = {id(program): _plan(program, config) for program in captured.programs.values()}
+    planned = {id(program): plan_program(program, config) for program in captured.programs.values()}
     own = _require_same_streams(planned, captured)
     tree = captured.programs[captured.training]
     if not share_parameters:
         tree = _with_copied_parameters(captured)
     add_parameters(tree, own.plans, config, _device_of(tree))
-    rewritten = {key: _insert(found, config) for key, found in planned.items()}
+    rewritten = {key: insert_planned(found, config) for key, found in planned.items()}
     programs = {mode: rewritten[id(program)] for mode, program in captured.programs.items()}
     seconds = time.perf_counter() - start
     report = report_from(_name_of(model), config, captured, own.plans, own.search.left_alone, seconds)
@@ -112,7 +112,7 @@ def inspect(
     captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
     say("find the stream, plan the blocks")
     start = time.perf_counter()
-    planned = _plan(captured.programs[captured.training], config)
+    planned = plan_program(captured.programs[captured.training], config)
     seconds = time.perf_counter() - start
     return report_from(_name_of(model), config, captured, planned.plans, planned.search.left_alone, seconds)
 
@@ -141,19 +141,22 @@ def verify(
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class Planned:
+    """One captured program, what was found in it, and what will be inserted."""
+
     program: fx.GraphModule
     search: StreamSearch
     plans: tuple[BlockPlan, ...]
 
 
-def _plan(program: fx.GraphModule, config: AttnResConfig) -> _Planned:
+def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
+    """Run the passes up to the plan; additions are spelled anew, nothing else changes."""
     normalize_adds(program)
     search = find_stream(program)
-    return _Planned(program, search, plan_blocks(program.graph, search.streams, config))
+    return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 
-def _require_same_streams(planned: Mapping[int, _Planned], captured: Captured) -> _Planned:
+def _require_same_streams(planned: Mapping[int, Planned], captured: Captured) -> Planned:
     """Return the plan of the model's own mode once every mode agrees with it, so that parameters can be shared."""
     own = planned[id(captured.programs[captured.training])]
     for other in planned.values():
@@ -175,10 +178,10 @@ def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:
     return [(plan.blocks, plan.stream.width, [(read.state, read.name) for read in plan.reads]) for plan in plans]
 
 
-def _insert(planned: _Planned, config: AttnResConfig) -> Program:
+def insert_planned(planned: Planned, config: AttnResConfig) -> Program:
     """Rewrite the program; keep a copy of its graph, with the plans on it, for the proofs."""
     original, copies = copy_graph(planned.program.graph)
-    kept = tuple(map_plan(plan, copies) for plan in planned.plans)
+    kept = tuple(mapplan_program(plan, copies) for plan in planned.plans)
     insert_reads(planned.program, planned.plans, config)
     return Program(planned.program.graph, original, kept)
 

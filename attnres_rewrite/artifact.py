@@ -10,6 +10,7 @@ A folder is written under another name and renamed when it is whole. Nothing is 
 """
 
 import hashlib
+import importlib
 import json
 import os
 import shutil

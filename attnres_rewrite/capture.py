@@ -31,7 +31,7 @@ from attnres_rewrite.dynamo_graph import without_number_inputs
 from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, GraphBreakError, explain
 from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
-from attnres_rewrite.module import adopt_tree, merge_trees, same_program
+from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
 
 Progress = Callable[[str], None]
@@ -302,8 +302,7 @@ _MODE_ARGUMENTS = {
 def _copy_graph_module(model: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph; share every parameter, buffer, submodule and constant."""
     copy = fx.GraphModule(nn.Module(), fx.Graph())
-    adopt_tree(copy, model)
-    copy._modules = dict(model._modules)  # the guard module is dropped from the copy only
+    adopt_tree(copy, copy_tree(model))
     copy.training = model.training
     copy.graph, _ = copy_graph(model.graph)
     return copy

@@ -126,6 +126,17 @@ def adopt_tree(module: nn.Module, tree: nn.Module) -> None:
     module.__dict__.update(constants_of(tree))
 
 
+def copy_tree(module: nn.Module) -> nn.Module:
+    """Return new plain modules that hold the very parameters, buffers, constants and graph bodies of `module`."""
+    copied = nn.Module()
+    adopt_tree(copied, module)
+    for name in _TABLES:
+        copied.__dict__[name] = copy.copy(module.__dict__[name])
+    for name, child in module._modules.items():
+        copied._modules[name] = child if child is None or isinstance(child, fx.GraphModule) else copy_tree(child)
+    return copied
+
+
 def constants_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the plain tensor attributes of a module: constants that the model's code made."""
     return {name: value for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)}

@@ -69,6 +69,17 @@ def test_every_kind_of_model_is_rewritten_and_computes_the_same(kind):
     torch.testing.assert_close(result[0] if isinstance(result, tuple) else result, model(ids()))
 
 
+@pytest.mark.parametrize("kind", ["exported program", "graph of torch.export", "graph of symbolic_trace"])
+def test_a_graph_that_was_given_is_not_changed(kind):
+    given, args = KINDS[kind](gpt(depth=2) if kind != "graph of symbolic_trace" else Traceable())
+    keys, code = list(given.state_dict), str(given.graph if isinstance(given, fx.GraphModule) else given)
+    if isinstance(given, fx.GraphModule):
+        keys = list(given.state_dict())
+    ar.rewrite(given, args, verify=False)
+    assert keys == list(given.state_dict() if isinstance(given, fx.GraphModule) else given.state_dict)
+    assert code == str(given.graph if isinstance(given, fx.GraphModule) else given)
+
+
 def test_names_ties_and_the_very_parameters_survive():
     model = gpt()
     new = ar.rewrite(model, (ids(),), verify=False)

@@ -1,0 +1,7 @@
+"""The passes, in the order in which they run, with the promise each makes.
+
+normalize_adds  every value stays; every addition of tensors is aten.add.Tensor
+find_stream     the graph stays; the adds of the residual streams are told from all others, each with a reason
+plan_blocks     the graph stays; every update is in one block, every state that is read has one read
+insert_reads    at zero queries every output stays; no original add of a stream is left
+"""
