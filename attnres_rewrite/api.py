@@ -181,7 +181,7 @@ def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:
 def insert_planned(planned: Planned, config: AttnResConfig) -> Program:
     """Rewrite the program; keep a copy of its graph, with the plans on it, for the proofs."""
     original, copies = copy_graph(planned.program.graph)
-    kept = tuple(mapplan_program(plan, copies) for plan in planned.plans)
+    kept = tuple(map_plan(plan, copies) for plan in planned.plans)
     insert_reads(planned.program, planned.plans, config)
     return Program(planned.program.graph, original, kept)
 

@@ -81,7 +81,8 @@ def capture(
         dynamic_shapes: As torch.export takes it. None keeps batch and sequence dynamic wherever the
             model allows: the first dimension of every tensor, the first two of [B, T] and [B, T, D]. {} fixes
             every shape, which halves the time.
-        both_modes: Capture train mode and eval mode; False captures the model's own mode only.
+        both_modes: Capture train mode and eval mode; False captures the model's own mode only. Where the other
+            mode cannot be captured the reason is in `notes`.
         progress: Called with the name of each step.
 
     Raises:
@@ -107,15 +108,22 @@ def capture(
     _refuse_other_device(model, (tuple(args), dict(kwargs or {})))
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None
+    notes: list[str] = []
     for mode in [model.training, not model.training] if both_modes else [model.training]:
         say(f"capture ({'train' if mode else 'eval'})")
-        with _in_mode(model, mode):
-            routes = _routes(dynamic_shapes) if route is None else (route,)
-            program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
-        programs[mode] = _normalised(program)
+        routes = _routes(dynamic_shapes) if route is None else (route,)
+        try:
+            with _in_mode(model, mode):
+                program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
+        except CaptureError as why:
+            if mode == model.training:
+                raise
+            notes.append(f"{'train' if mode else 'eval'} mode was not captured: {why}")
+        else:
+            programs[mode] = _normalised(program)
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
-    captured = _captured(programs, model.training, str(route), start)
+    captured = replace(_captured(programs, model.training, str(route), start), notes=tuple(notes))
     return replace(captured, fixed_dims=()) if _asks_for_fixed(dynamic_shapes) else captured
 
 

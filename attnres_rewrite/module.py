@@ -88,10 +88,10 @@ class RewrittenModule(fx.GraphModule):
         """
         if mode not in self.programs:
             name, other = ("train", "eval") if mode else ("eval", "train")
-            raise NotImplementedError(
-                f"this model was captured in {other} mode only, as an exported graph holds one mode; "
-                f"rewrite the nn.Module itself to have {name} mode too"
+            why = "".join(self.report.capture.notes) or (
+                f"An exported graph holds one mode; rewrite the nn.Module itself to have {name} mode too."
             )
+            raise NotImplementedError(f"this model was captured in {other} mode only. {why}")
         super().train(mode)
         self._use(mode)
         return self

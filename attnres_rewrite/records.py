@@ -133,3 +133,4 @@ class Captured:
     route: str  # e.g. "torch.export(strict=False, dynamic)"
     fixed_dims: tuple[FixedDim, ...]
     seconds: float
+    notes: tuple[str, ...] = ()  # what was not captured, and why

@@ -45,6 +45,7 @@ class CaptureReport:
     num_nodes: int  # of the graph of the model's own mode
     fixed_dims: tuple[FixedDim, ...]
     seconds: float
+    notes: tuple[str, ...]  # what was not captured, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ def describe_capture(captured: Captured) -> CaptureReport:
         num_nodes=len(program.graph.nodes),
         fixed_dims=captured.fixed_dims,
         seconds=captured.seconds,
+        notes=captured.notes,
     )
 
 
@@ -202,7 +204,8 @@ def report_from_dict(facts: dict[str, Any]) -> RewriteReport:
 
 def _capture_from_dict(facts: dict[str, Any]) -> CaptureReport:
     fixed_dims = tuple(FixedDim(**dim) for dim in facts["fixed_dims"])
-    fields: dict[str, Any] = {**facts, "modes": tuple(facts["modes"]), "fixed_dims": fixed_dims}
+    lists = {"modes": tuple(facts["modes"]), "fixed_dims": fixed_dims, "notes": tuple(facts["notes"])}
+    fields: dict[str, Any] = {**facts, **lists}
     return CaptureReport(**fields)
 
 

@@ -51,10 +51,10 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     Raises:
         AlreadyRewrittenError: The model's own code mixes depth by attention.
         PostNormError: Every chain is cut by a norm of the sum.
-        ParallelStreamsError: Several chains exchange updates.
+        ParallelStreamsError: Several chains exchange updates, or the model is known to keep several streams.
         NoStreamError: No chain of two or more updates runs to an output.
     """
-    _refuse_attention_residuals(gm.graph)
+    _refuse_by_class(gm.graph)
     reach = Reachability(gm.graph)
     chains = link_chains(classify_adds(reach))
     selected, dropped = select_chains(chains, reach)
@@ -65,15 +65,28 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     return StreamSearch(streams, add_reasons.left_alone(reach, on_stream, dropped))
 
 
-def _refuse_attention_residuals(graph: fx.Graph) -> None:
+def _refuse_by_class(graph: fx.Graph) -> None:
+    """Refuse the known designs that replace the residual stream, by the names of their modules.
+
+    Their graphs hold no plain stream, or only pieces of one, and the name gives the better reason.
+    """
     for node in graph.nodes:
-        for name in module_classes(node):
+        for name in (qualified.rpartition(".")[2] for qualified in module_classes(node)):
             if "AttentionResidual" in name or "AttnRes" in name:
                 raise AlreadyRewrittenError(
                     explain(
-                        f"the model has Attention Residuals of its own ({name.rpartition('.')[2]})",
+                        f"the model has Attention Residuals of its own ({name})",
                         source_line(node) or None,
                         "It mixes the depth already, so there is no plain residual stream to rewrite.",
+                    )
+                )
+            if "HyperConnection" in name or "AltUp" in name:
+                raise ParallelStreamsError(
+                    explain(
+                        f"the model keeps several parallel streams ({name})",
+                        source_line(node) or None,
+                        "Hyper-connections and AltUp mix copies of the stream in each layer: none is the running sum.",
+                        "Rewrite the variant of the model that has one stream.",
                     )
                 )
 

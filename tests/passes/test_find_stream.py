@@ -9,7 +9,7 @@ from attnres_rewrite.errors import NoStreamError, ParallelStreamsError, PostNorm
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.records import StreamSearch
-from tests.networks import WIDTH, Layer, Mlp, gpt, gpt_of, ids
+from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
 
 
 def search(model: nn.Module, *args: Tensor) -> StreamSearch:
@@ -165,6 +165,16 @@ class Reversible(nn.Module):
 def test_streams_that_exchange_updates_are_refused():
     with pytest.raises(ParallelStreamsError, match="2 streams exchange updates"):
         search(Reversible(), torch.randn(2, 5, WIDTH))
+
+
+def test_known_designs_with_several_streams_are_refused_by_name():
+    class TinyHyperConnection(Layer):
+        pass
+
+    torch.manual_seed(0)
+    model = Gpt(2, block=lambda: TinyHyperConnection(lambda s, x: x + s.f(s.n1(x))))
+    with pytest.raises(ParallelStreamsError, match="TinyHyperConnection"):
+        search(model.eval())
 
 
 class Convolutions(nn.Module):
