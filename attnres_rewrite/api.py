@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -78,7 +77,7 @@ def rewrite(
     tree = captured.programs[captured.training]
     if not share_parameters:
         tree = _with_copied_parameters(captured)
-    add_parameters(tree, own.plans, config, _device_of(tree))
+    add_parameters(tree, own.plans, config)
     rewritten = {key: insert_planned(found, config) for key, found in planned.items()}
     programs = {mode: rewritten[id(program)] for mode, program in captured.programs.items()}
     seconds = time.perf_counter() - start
@@ -192,10 +191,6 @@ def _with_copied_parameters(captured: Captured) -> fx.GraphModule:
         for table in ("_parameters", "_buffers", "_modules"):
             program.__dict__[table] = copy.deepcopy(program.__dict__[table], memo)
     return captured.programs[captured.training]
-
-
-def _device_of(tree: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in tree.parameters()), torch.device("cpu"))
 
 
 def _is_meta(model: Model) -> bool:

@@ -170,13 +170,11 @@ def _export(
     automatic = dynamic_shapes is None
     for route in routes:
         try:
-            shapes = _automatic_shapes(model, args, kwargs) if automatic else dynamic_shapes
-            shapes = shapes if route.dynamic else None
+            inputs, shapes = (args, kwargs), dynamic_shapes if route.dynamic else None
+            if automatic and route.dynamic:
+                inputs, shapes = _with_batch_of_two(inputs), _automatic_shapes(model, args, kwargs)
             with _quiet(), torch.enable_grad():
-                return (
-                    torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=route.strict),
-                    route,
-                )
+                return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=route.strict), route
         # torch.export raises whatever the model or the tracer raises: every class is a reason here.
         except Exception as why:
             failures.append((route, why))
@@ -234,6 +232,14 @@ def _automatic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     """Mark batch and sequence as Dim.AUTO, in the nesting of the forward's own parameters."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {name: pytree.tree_map(_automatic_dims, value) for name, value in bound.items()}
+
+
+def _with_batch_of_two(inputs: Any) -> Any:
+    """Double a batch of one: torch.export takes a size of one for a constant, and would fix it."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    if any(leaf.shape[0] != 1 for leaf in tensors):
+        return inputs
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: torch.cat([leaf, leaf]) if leaf.dim() else leaf, inputs)
 
 
 def _automatic_dims(leaf: object) -> dict[int, Any] | None:

@@ -141,12 +141,19 @@ def aliased_inputs(node: fx.Node) -> list[fx.Node]:
     if not isinstance(node.target, torch._ops.OpOverload):
         # getitem of a list of views, and what we know nothing about
         return [node.args[0]] if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node) else []
+    if op_name(node) in ("to", "type_as") and not _same_dtype(node, node.args[0]):
+        return []
     # an annotated argument is viewed or written; either way a result shares its memory
     found = [arg for arg, schema in _arguments_with_schema(node) if schema.alias_info is not None]
     # these return their input when nothing has to change, and some do not say so in their schema
     if op_name(node) in _MAY_RETURN_INPUT and node.all_input_nodes and not found:
         found.append(node.all_input_nodes[0])
     return found
+
+
+def _same_dtype(left: object, right: object) -> bool:
+    one, other = tensor_of(left), tensor_of(right)
+    return one is None or other is None or one.dtype == other.dtype
 
 
 _MAY_RETURN_INPUT = frozenset(

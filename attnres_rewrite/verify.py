@@ -9,6 +9,7 @@
 1 and 2 run in float64 for every mode that was captured, random numbers from one seed.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from attnres_rewrite.errors import CaptureError, explain
+from attnres_rewrite.errors import CaptureError, ProofError, explain
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
@@ -36,8 +37,10 @@ def prove(new: RewrittenModule, inputs: ExampleInputs, say: Say) -> VerifyReport
 
     Raises:
         CaptureError: The inputs or parameters are on the meta device, which holds no numbers.
+        ProofError: The float64 copies would not fit into the machine's memory.
     """
     _refuse_meta(new, inputs)
+    _refuse_too_large(new)
     proofs: list[Proof] = []
     notes: dict[str, None] = {}
     done: list[Program] = []
@@ -64,6 +67,21 @@ def _refuse_meta(new: RewrittenModule, inputs: ExampleInputs) -> None:
                 None,
                 "The model or its inputs are meta tensors.",
                 "Use inspect, or verify=False, and verify where the weights are.",
+            )
+        )
+
+
+def _refuse_too_large(new: RewrittenModule) -> None:
+    """Raise ProofError rather than run out of memory: parameters, two sets of gradients, and what backward keeps."""
+    needed = 4 * 8 * sum(parameter.numel() for parameter in new.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ProofError(
+            explain(
+                f"the proofs, in float64, need about {needed / 2**30:.0f} GiB; this machine has {there / 2**30:.0f}",
+                None,
+                "A proof is about the graph, not about its size.",
+                "Prove the same architecture with fewer layers, and rewrite this one with verify=False (--no-verify).",
             )
         )
 

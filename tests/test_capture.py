@@ -102,6 +102,15 @@ def test_batch_and_sequence_stay_dynamic():
     torch.testing.assert_close(new(ids(4, 9)), model(ids(4, 9)))
 
 
+def test_a_batch_of_one_stays_dynamic_too():
+    model = gpt()
+    new = ar.rewrite(model, (ids(1, 5),))
+    assert new.report.verify.passed
+    assert new.report.capture.fixed_dims == ()
+    for batch in (1, 3):
+        torch.testing.assert_close(new(ids(batch, 7)), model(ids(batch, 7)))
+
+
 class FixedLength(Gpt):
     """Adds a position table of one length."""
 

@@ -171,6 +171,12 @@ def test_proofs_on_other_inputs_than_the_capture():
         ar.verify(rewritten(), (), {"tokens": ids()})
 
 
+def test_a_model_too_large_for_float64_is_refused_before_it_is_tried(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 100)
+    with pytest.raises(ar.ProofError, match="verify=False"):
+        ar.verify(rewritten())
+
+
 def test_meta_tensors_are_refused():
     with torch.device("meta"):
         model = Gpt()

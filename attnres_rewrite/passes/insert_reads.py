@@ -33,8 +33,10 @@ def insert_reads(gm: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnRes
     gm.graph.lint()
 
 
-def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig, device: torch.device) -> None:
+def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
     """Give every planned read its query (zeros) and its gain (ones), [D] each, under the owner module.
+
+    They are made on the device of the stream.
 
     Raises:
         AlreadyRewrittenError: The owner has something named attn_res already.
@@ -45,9 +47,11 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
         raise AlreadyRewrittenError(f"the model has something named {clash.pop()} already; is it rewritten?")
     for plan in plans:
         dtype = config.param_dtype or torch.promote_types(plan.stream.dtype, torch.float32)
+        root_value = tensor_of(plan.stream.root)
+        assert root_value is not None
+        width, device = plan.stream.width, root_value.device
         for read in plan.reads:
             holder = _submodule(root, read.name)
-            width = plan.stream.width
             holder.query = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
             if config.key_norm:
                 holder.key_norm = nn.Parameter(torch.ones(width, dtype=dtype, device=device))

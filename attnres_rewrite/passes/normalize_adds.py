@@ -9,6 +9,7 @@ An in-place op is kept where its write can be seen elsewhere: by the caller, or 
 of the same memory that is used later. Values do not change; names of kept nodes do not change.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def normalize_adds(gm: fx.GraphModule) -> dict[str, str]:
         For each in-place op that had to stay, by node name, the reason.
     """
     refused: dict[str, str] = {}
-    memory = SharedMemory(gm.graph)
+    memory = SharedMemory(list(gm.graph.nodes))
     for node in list(gm.graph.nodes):
         if node.target in _OUT_OF_PLACE and is_floating(node):
             if reason := why_not_out_of_place(node, memory):
@@ -58,11 +59,11 @@ def normalize_adds(gm: fx.GraphModule) -> dict[str, str]:
 class SharedMemory:
     """Which nodes may share memory: the transitive closure of views and in-place results."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
-        self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in graph.nodes}
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self.position = {node: i for i, node in enumerate(nodes)}
+        self.last_use = {node: max((self.position[user] for user in node.users), default=-1) for node in nodes}
         self.group_of: dict[fx.Node, list[fx.Node]] = {}
-        for node in graph.nodes:
+        for node in nodes:
             group = [node]
             for source in aliased_inputs(node):
                 other = self.group_of[source]

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import networkx as nx
 from torch import fx
 
-from attnres_rewrite.fxgraph import reads_shape_only, written_inputs
+from attnres_rewrite.fxgraph import is_floating, op_name, place_of, reads_shape_only, written_inputs
 from attnres_rewrite.passes import post_norm
 from attnres_rewrite.passes.carriers import carried_input, stream_root
 from attnres_rewrite.passes.chains import Chain
+from attnres_rewrite.passes.normalize_adds import SharedMemory
 from attnres_rewrite.passes.reachability import Reachability
 
 
@@ -30,7 +31,7 @@ def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Ch
             drop(chain, _why_dead(chain))
         else:
             kept.append(chain)
-    for reason_of in (_stars, _nested, _cut_by_norm, _single, _exchanging):
+    for reason_of in (_overwritten, _stars, _nested, _cut_by_norm, _single, _exchanging):
         reasons = reason_of(kept, reach)
         for index, reason in reasons.items():
             drop(kept[index], reason)
@@ -77,6 +78,25 @@ def _nodes_before_output(reach: Reachability) -> set[fx.Node]:
 
 
 Reasons = dict[int, str]  # index of a dropped chain -> why
+
+
+def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    """A state whose memory a later op writes into is not what its node says when it is added to."""
+    writers = [node for node in reach.nodes if any(is_floating(target) for target in written_inputs(node))]
+    if not writers:
+        return {}
+    memory = SharedMemory(reach.nodes)
+    last_write: dict[int, fx.Node] = {}  # of a group of nodes that share memory
+    for writer in writers:
+        for target in written_inputs(writer):
+            last_write[id(memory.group_of[target])] = writer
+    reasons: Reasons = {}
+    for index, chain in enumerate(chains):
+        for state in chain.states:
+            writer = last_write.get(id(memory.group_of[state]))
+            if writer is not None and reach.position[writer] > reach.position[state]:
+                reasons[index] = f"is written in place later, by {op_name(writer)} at {place_of(writer)}"
+    return reasons
 
 
 def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:

@@ -177,6 +177,18 @@ def test_known_designs_with_several_streams_are_refused_by_name():
         search(model.eval())
 
 
+def written_behind_its_back(s: Layer, x: Tensor) -> Tensor:
+    x = x + s.f(s.n1(x))
+    rows = x.view(-1, WIDTH)
+    rows.mul_(0.5)
+    return x + s.g(s.n2(x))
+
+
+def test_a_stream_that_is_written_through_another_name_is_refused():
+    with pytest.raises(NoStreamError, match="is written in place later, by mul_ at"):
+        search(gpt_of(written_behind_its_back))
+
+
 class Convolutions(nn.Module):
     """A ConvNeXt-like stage: the channels are axis 1 on the stream, and last in the branch."""
 

@@ -13,12 +13,9 @@ NOT_CAPTURED = {
     "DbrxForCausalLM": "a Python loop over the experts that were hit",
     "LongcatFlashForCausalLM": "a Python loop over the experts that were hit",
     "Qwen4ExpForCausalLM": "the number of blocks kept depends on the text",
-    "Gemma3nForCausalLM": "clips weights in place while training",
-    "Gemma3nForConditionalGeneration": "clips weights in place while training",
     "LongformerForMaskedLM": "asks whether any token is global",
     "LEDForConditionalGeneration": "asks whether any token is global",
     "FSMTForConditionalGeneration": "asks whether any token is padding",
-    "LongT5ForConditionalGeneration": "takes the shape of a mask that is None while exporting",
     "SwitchTransformersForConditionalGeneration": "indexes a mask that is None while exporting",
 }
 

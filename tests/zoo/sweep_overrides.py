@@ -76,8 +76,16 @@ def _speech_and_text() -> Inputs:
     return {"input_ids": token_ids(16, 90), "input_features": noise(BATCH, 128, 8 * 16)}
 
 
+def _with_masks() -> Inputs:
+    ids, decoder_ids = token_ids(16, 90), token_ids(12, 90)
+    masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": torch.ones_like(decoder_ids)}
+    return {"input_ids": ids, "decoder_input_ids": decoder_ids, "use_cache": False, **masks}
+
+
 # class -> inputs of a kind that its main input's name does not tell
 SPECIAL_INPUTS: dict[str, Callable[[], Inputs]] = {
+    # without a mask it takes the shape of None while exporting
+    "LongT5ForConditionalGeneration": _with_masks,
     "Siglip2ForImageClassification": _naflex_patches,
     "VoxtralRealtimeForConditionalGeneration": _speech_and_text,
 }
