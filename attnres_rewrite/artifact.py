@@ -29,8 +29,8 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ArtifactError, explain
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
-from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule, attribute, constants_of
-from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream, Update
+from attnres_rewrite.module import ExampleInputs, RewrittenModule, attribute, constants_of
+from attnres_rewrite.program_json import program_from_json, program_to_json
 from attnres_rewrite.report import RewriteReport, report_from_dict
 
 FORMAT, FORMAT_VERSION = "attnres-rewrite", 1
@@ -92,7 +92,7 @@ def _write(new: RewrittenModule, draft: Path) -> None:
     safetensors.torch.save_file({name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors")
     facts = {
         "modes": {_mode_name(mode): order.index(id(program)) for mode, program in new.programs.items()},
-        "programs": [_program_to_json(program) for program in programs.values()],
+        "programs": [program_to_json(program) for program in programs.values()],
         "bodies": {name: graph_to_json(body.graph) for name, body in _bodies_of(new)},
         "tensors": table,
         "inputs": [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
@@ -187,42 +187,6 @@ def _bodies_of(new: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
             yield name, module
 
 
-def _program_to_json(program: Program) -> Any:
-    return {
-        "graph": graph_to_json(program.graph),
-        "original": graph_to_json(program.original),
-        "plans": [_plan_to_json(plan) for plan in program.plans],
-    }
-
-
-def _plan_to_json(plan: BlockPlan) -> Any:
-    stream = plan.stream
-    return {
-        "name": stream.name,
-        "root": stream.root.name,
-        "width": stream.width,
-        "dtype": str(stream.dtype).removeprefix("torch."),
-        "axes": list(stream.axes),
-        "readers": [[reader.name for reader in readers] for readers in stream.readers],
-        "scale_culprits": list(stream.scale_culprits),
-        "updates": [
-            {
-                "add": update.add.name,
-                "stream": update.stream.name,
-                "branch_position": update.branch_position,
-                "kind": update.kind,
-                "carriers": [carrier.name for carrier in update.carriers],
-            }
-            for update in stream.updates
-        ],
-        "blocks": [[block.start, block.stop] for block in plan.blocks],
-        "reads": [
-            [read.state, read.owner, read.source_line, read.num_sources, read.name, read.schedule]
-            for read in plan.reads
-        ],
-    }
-
-
 def load(folder: str | os.PathLike[str]) -> RewrittenModule:
     """Read a saved rewrite; no pickle, no code of the model.
 
@@ -277,7 +241,7 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     facts = json.loads((path / "program.json").read_text())
     _import_output_classes(facts)
     tree = _tree_from(facts, safetensors.torch.load_file(path / "weights.safetensors"))
-    programs = [_program_from_json(program) for program in facts["programs"]]
+    programs = [program_from_json(program) for program in facts["programs"]]
     for program in programs:
         for graph in (program.graph, program.original):
             graph.owning_module = None
@@ -328,37 +292,6 @@ def _holder(tree: nn.Module, name: str) -> nn.Module:
             module.add_module(part, nn.Module())
         module = attribute(module, part)
     return module
-
-
-def _program_from_json(data: Any) -> Program:
-    graph, _ = graph_from_json(data["graph"])
-    original, nodes = graph_from_json(data["original"])
-    return Program(graph, original, tuple(_plan_from_json(plan, nodes) for plan in data["plans"]))
-
-
-def _plan_from_json(data: Any, nodes: Mapping[str, fx.Node]) -> BlockPlan:
-    updates = tuple(
-        Update(
-            nodes[update["add"]],
-            nodes[update["stream"]],
-            update["branch_position"],
-            update["kind"],
-            tuple(nodes[name] for name in update["carriers"]),
-        )
-        for update in data["updates"]
-    )
-    stream = ResidualStream(
-        data["name"],
-        nodes[data["root"]],
-        updates,
-        data["width"],
-        getattr(torch, data["dtype"]),
-        tuple(data["axes"]),
-        tuple(tuple(nodes[name] for name in readers) for readers in data["readers"]),
-        tuple(data["scale_culprits"]),
-    )
-    blocks = tuple(range(*block) for block in data["blocks"])
-    return BlockPlan(stream, blocks, tuple(ReadPlan(*read) for read in data["reads"]))
 
 
 def _config_from(data: Mapping[str, Any]) -> AttnResConfig:

@@ -11,56 +11,27 @@ functionalised, because that would turn `dropout(train=False)` into a plain copy
     model --export--> ep.module() --drop torch's guards, add check_inputs--> Captured
 """
 
-import inspect
-import io
-import logging
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.copying import copy_graph
 from attnres_rewrite.dynamo_graph import without_number_inputs
-from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, GraphBreakError, explain
+from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, explain
+from attnres_rewrite.export_routes import Route, asks_for_fixed, automatic_dims, export, quiet, routes_for
 from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One way to call torch.export."""
-
-    strict: bool
-    dynamic: bool
-
-    def __str__(self) -> str:
-        return f"torch.export(strict={self.strict}, {'dynamic' if self.dynamic else 'fixed'} shapes)"
-
-
-# Non-strict captures more and takes half the time; fixed shapes are the last resort of each.
-ROUTES = (Route(False, True), Route(False, False), Route(True, True), Route(True, False))
-
-
-def _asks_for_fixed(dynamic_shapes: Any) -> bool:
-    return dynamic_shapes is not None and not dynamic_shapes
-
-
-def _routes(dynamic_shapes: Any) -> tuple[Route, ...]:
-    """Return the routes to try: those that honour what was asked for."""
-    if dynamic_shapes is None:
-        return ROUTES
-    return tuple(route for route in ROUTES if route.dynamic is not _asks_for_fixed(dynamic_shapes))
 
 
 def capture(
@@ -111,10 +82,10 @@ def capture(
     notes: list[str] = []
     for mode in [model.training, not model.training] if both_modes else [model.training]:
         say(f"capture ({'train' if mode else 'eval'})")
-        routes = _routes(dynamic_shapes) if route is None else (route,)
+        routes = routes_for(dynamic_shapes) if route is None else (route,)
         try:
             with _in_mode(model, mode):
-                program, route = _export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
+                program, route = export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
         except CaptureError as why:
             if mode == model.training:
                 raise
@@ -124,7 +95,7 @@ def capture(
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
     captured = replace(_captured(programs, model.training, str(route), start), notes=tuple(notes))
-    return replace(captured, fixed_dims=()) if _asks_for_fixed(dynamic_shapes) else captured
+    return replace(captured, fixed_dims=()) if asks_for_fixed(dynamic_shapes) else captured
 
 
 def refuse_rewritten(model: object) -> None:
@@ -157,108 +128,6 @@ def _refuse_other_device(model: nn.Module, inputs: Any) -> None:
                 "First check that model(*args, **kwargs) runs; move the inputs with .to(device).",
             )
         )
-
-
-def _export(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    routes: Sequence[Route],
-) -> tuple[ExportedProgram, Route]:
-    failures: list[tuple[Route, Exception]] = []
-    automatic = dynamic_shapes is None
-    for route in routes:
-        try:
-            inputs, shapes = (args, kwargs), dynamic_shapes if route.dynamic else None
-            if automatic and route.dynamic:
-                inputs, shapes = _with_batch_of_two(inputs), _automatic_shapes(model, args, kwargs)
-            with _quiet(), torch.enable_grad():
-                return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=route.strict), route
-        # torch.export raises whatever the model or the tracer raises: every class is a reason here.
-        except Exception as why:
-            failures.append((route, why))
-    raise _capture_error(model, failures)
-
-
-def _capture_error(model: nn.Module, failures: list[tuple[Route, Exception]]) -> CaptureError:
-    seen = "\n  ".join(f"{route}: {_first_lines(why)}" for route, why in failures)
-    name = type(model).__name__
-    place = next((found for _, why in failures if (found := _user_frame(why))), None)
-    if any(_is_graph_break(why) for _, why in failures):
-        error = GraphBreakError(
-            explain(
-                f"control flow of {name} depends on tensor values",
-                place,
-                seen,
-                "Write the choice as tensor operations (torch.where, torch.cond), or set the option that avoids it.",
-            )
-        )
-    else:
-        error = CaptureError(
-            explain(
-                f"{name} could not be captured on these example inputs",
-                place,
-                seen,
-                "First check that model(*args, **kwargs) runs, on the device of its parameters.",
-            )
-        )
-    error.__cause__ = failures[0][1] if failures else None
-    return error
-
-
-def _is_graph_break(why: Exception) -> bool:
-    name = type(why).__name__
-    return "DataDependent" in name or "data-dependent" in str(why).lower()
-
-
-def _first_lines(why: Exception) -> str:
-    lines = [line.strip() for line in str(why).splitlines() if line.strip()]
-    return f"{type(why).__name__}: {' '.join(lines[:2])[:300]}"
-
-
-def _user_frame(why: BaseException) -> str | None:
-    """Return file:line of the deepest frame that is not torch's, where the model's code stopped."""
-    place, trace = None, why.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/attnres_rewrite/" not in file and not file.startswith("<"):
-            place = f"{file}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
-
-
-def _automatic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Mark batch and sequence as Dim.AUTO, in the nesting of the forward's own parameters."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(_automatic_dims, value) for name, value in bound.items()}
-
-
-def _with_batch_of_two(inputs: Any) -> Any:
-    """Double a batch of one: torch.export takes a size of one for a constant, and would fix it."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    if any(leaf.shape[0] != 1 for leaf in tensors):
-        return inputs
-    return pytree.tree_map_only(torch.Tensor, lambda leaf: torch.cat([leaf, leaf]) if leaf.dim() else leaf, inputs)
-
-
-def _automatic_dims(leaf: object) -> dict[int, Any] | None:
-    if not isinstance(leaf, torch.Tensor) or leaf.dim() == 0:
-        return None
-    return {dim: Dim.AUTO for dim in range(2 if leaf.dim() in (2, 3) else 1)}
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence what torch.export prints, logs and warns of: its failures come as exceptions too."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 @contextmanager
@@ -332,7 +201,7 @@ def _is_aten(model: fx.GraphModule) -> bool:
 
 
 def _normalised(program: ExportedProgram) -> fx.GraphModule:
-    with _quiet():
+    with quiet():
         gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     _drop_torch_guards(gm)
@@ -381,5 +250,5 @@ def _fixed_dims(gm: fx.GraphModule) -> Iterator[FixedDim]:
     for node in gm.graph.nodes:
         shape = symbolic_shape_of(node) if node.op == "placeholder" else None
         for dim, size in enumerate(shape or ()):
-            if isinstance(size, int) and dim in (_automatic_dims(tensor_of(node)) or {}):
+            if isinstance(size, int) and dim in (automatic_dims(tensor_of(node)) or {}):
                 yield FixedDim(str(node.target), dim, size)

@@ -84,7 +84,7 @@ def test_a_foreign_folder_is_not_replaced_even_with_force(new, tmp_path):
 
 
 def test_a_save_that_fails_leaves_nothing_behind(new, tmp_path, monkeypatch):
-    monkeypatch.setattr("attnres_rewrite.artifact._program_to_json", lambda program: 1 / 0)
+    monkeypatch.setattr("attnres_rewrite.artifact.program_to_json", lambda program: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ar.save(new, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 LEVELS = (
     {"errors"},
     {"config", "records", "fxgraph", "inputs", "copying", "kernels"},
-    {"capture", "dynamo_graph", "module", "passes", "report", "verify", "lifted", "witness"},
-    {"pipeline", "artifact", "graph_json", "api"},
+    {"capture", "export_routes", "dynamo_graph", "module", "passes", "report", "verify", "lifted", "witness"},
+    {"pipeline", "artifact", "graph_json", "program_json", "api"},
     {"backend", "cli"},
     {"__init__", "__main__"},
 )
