@@ -81,7 +81,7 @@ Reasons = dict[int, str]  # index of a dropped chain -> why
 
 
 def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
-    """A state whose memory a later op writes into is not what its node says when it is added to."""
+    """A state or an update whose memory a later op writes into is not what its node says when a read mixes it."""
     writers = [node for node in reach.nodes if any(is_floating(target) for target in written_inputs(node))]
     if not writers:
         return {}
@@ -92,9 +92,10 @@ def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
             last_write[id(memory.group_of[target])] = writer
     reasons: Reasons = {}
     for index, chain in enumerate(chains):
-        for state in chain.states:
-            writer = last_write.get(id(memory.group_of[state]))
-            if writer is not None and reach.position[writer] > reach.position[state]:
+        held = [(state, state) for state in chain.states] + [(add.branch, add.node) for add in chain.adds]
+        for value, since in held:
+            writer = last_write.get(id(memory.group_of[value]))
+            if writer is not None and reach.position[writer] > reach.position[since]:
                 reasons[index] = f"is written in place later, by {op_name(writer)} at {place_of(writer)}"
     return reasons
 

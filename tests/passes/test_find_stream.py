@@ -184,9 +184,17 @@ def written_behind_its_back(s: Layer, x: Tensor) -> Tensor:
     return x + s.g(s.n2(x))
 
 
-def test_a_stream_that_is_written_through_another_name_is_refused():
+def update_written_after_its_add(s: Layer, x: Tensor) -> Tensor:
+    update = s.f(s.n1(x))
+    x = x + update
+    update.view(-1, WIDTH).mul_(0.5)
+    return x + s.g(s.n2(x)) + update
+
+
+@pytest.mark.parametrize("step", [written_behind_its_back, update_written_after_its_add])
+def test_a_stream_that_is_written_through_another_name_is_refused(step):
     with pytest.raises(NoStreamError, match="is written in place later, by mul_ at"):
-        search(gpt_of(written_behind_its_back))
+        search(gpt_of(step))
 
 
 class Convolutions(nn.Module):
