@@ -31,15 +31,7 @@ class Failure:
 
 
 def failure(spec: NetworkSpec) -> Failure | None:
-    """Find, rewrite, prove and train the network of `spec`; return the first step that fails.
-
-    Nodes keep no stack traces: nothing here reads them, and they take a third of the time.
-    """
-    with torch.fx.config.patch(do_not_emit_stack_traces=True):
-        return _first_failure(spec)
-
-
-def _first_failure(spec: NetworkSpec) -> Failure | None:
+    """Find, rewrite, prove and train the network of `spec`; return the first step that fails."""
     made = build(spec)
     step = "rewrite"
     try:
