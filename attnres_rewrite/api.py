@@ -55,7 +55,7 @@ def rewrite(
         config: Blocks, output form and parameters; see AttnResConfig.
         dynamic_shapes: As torch.export takes it; None keeps batch and sequence dynamic where the model allows;
             {} fixes every shape, which halves the time.
-        share_parameters: Use the model's own Parameter objects; False copies them.
+        share_parameters: Use the model's own Parameter and buffer objects; False copies them.
         verify: Run the proofs of `attnres_rewrite.verify` on the example inputs; a failed one raises.
         progress: Called with the name of each stage as it starts.
 

@@ -22,7 +22,6 @@ class AttnResConfig:
     Args:
         num_blocks: Blocks of each stream, as equal as they can be, or "full" for one update a block.
         block_size: Updates a block, the paper's S; the last block may be shorter.
-        block_layers: Transformer layers a block (Kimi K3's counting); the last may be shorter.
         output: "sum" multiplies the mix by the number of sources: with zero queries a read is exactly
             the running sum. "mean" is the paper to the letter; through a norm both are one function.
         key_norm: Give each read a learned gain [D] on its normalised keys.
@@ -30,6 +29,7 @@ class AttnResConfig:
         schedule: "direct" mixes all sources at each read; "two_phase" and "auto" need the scheduling
             pass, which this release does not have yet: "auto" is "direct".
         param_dtype: Of queries and gains; None means the stream's, but never below float32.
+        block_layers: Transformer layers a block (Kimi K3's counting); the last may be shorter.
 
     Raises:
         ValueError: A field is out of its range, or two ways of grouping are given at once.
@@ -38,12 +38,12 @@ class AttnResConfig:
 
     num_blocks: int | str | None = None
     block_size: int | None = None
-    block_layers: int | None = None
     output: Output = "sum"
     key_norm: bool = True
     eps: float = 1e-6
     schedule: Schedule = "auto"
     param_dtype: torch.dtype | None = None
+    block_layers: int | None = None
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("num_blocks", "block_size", "block_layers")}
