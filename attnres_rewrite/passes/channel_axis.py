@@ -6,12 +6,12 @@ mean, group and batch norms by convention (axis 1). Where no norm reads the stre
 mixing along another axis would be a wrong graph that no proof at zero queries can see.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import fx
 
-from attnres_rewrite.fxgraph import argument, op_name, tensor_of
-from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, carried_input, restored_axis
+from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
+from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, carried_input, carry_axis, restored_axis
 
 _LAST_AXIS_NORMS = frozenset("layer_norm rms_norm native_layer_norm _fused_rms_norm".split())
 _FIRST_AXIS_NORMS = frozenset("batch_norm group_norm instance_norm native_group_norm".split())
@@ -19,6 +19,46 @@ _REDUCTIONS = frozenset("mean var std var_mean linalg_vector_norm norm sum".spli
 _ELEMENTWISE = CASTS | DROPOUTS | frozenset("pow square mul abs sub div neg relu gelu silu tanh sigmoid".split())
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution".split())
 _STEPS = 4  # element-wise ops followed from the stream to the reduction of a hand-written norm
+
+
+def channel_axes(states: Sequence[fx.Node], moves: Sequence[tuple[fx.Node, ...]]) -> tuple[int, ...] | str:
+    """Return the channel axis of every state, agreed on by the consumers of all of them, or why there is none.
+
+    Args:
+        states: The root and the states after it.
+        moves: The carriers between one state and the next.
+    """
+    root = tensor_of(states[0])
+    assert root is not None
+    # for each state, where every axis of the root is found in it
+    places: list[dict[int, int]] = [{axis: axis for axis in range(root.dim())}]
+    for path in moves:
+        places.append(_moved(places[-1], path))
+    norms: set[int] = set()
+    layers: set[int] = set()
+    for state, place in zip(states, places, strict=True):
+        axis_at_root = {there: axis for axis, there in place.items()}
+        for votes, into in zip(axis_votes(state), (norms, layers), strict=True):
+            into |= {axis_at_root[axis] for axis in votes if axis in axis_at_root}
+    agreed = norms or layers
+    if len(agreed) != 1:
+        seen = f"axes {sorted(agreed)}" if agreed else "no axis"
+        return f"its channel axis cannot be told: its readers name {seen}, and a wrong one would be a wrong network"
+    axis = agreed.pop()
+    if any(axis not in place for place in places):
+        return "its channels are split or merged between updates"
+    axes = tuple(place[axis] for place in places)
+    widths = {(symbolic_shape_of(state) or ())[there] for state, there in zip(states, axes, strict=True)}
+    if len(widths) != 1 or not isinstance(next(iter(widths)), int):
+        return f"its width is not one fixed size: {', '.join(sorted(map(str, widths)))}"
+    return axes
+
+
+def _moved(places: dict[int, int], path: tuple[fx.Node, ...]) -> dict[int, int]:
+    for carrier in path:
+        moved = {axis: carry_axis(carrier, there) for axis, there in places.items()}
+        places = {axis: there for axis, there in moved.items() if there is not None}
+    return places
 
 
 def axis_votes(state: fx.Node) -> tuple[set[int], set[int]]:

@@ -32,17 +32,16 @@ from attnres_rewrite.fxgraph import (
     place_of,
     reads_shape_only,
     source_line,
-    symbolic_shape_of,
     tensor_of,
 )
 from attnres_rewrite.passes import add_reasons
-from attnres_rewrite.passes.carriers import carried_input, carriers_between, carry_axis
+from attnres_rewrite.passes.carriers import carried_input, carriers_between
 from attnres_rewrite.passes.chains import Chain, classify_adds, link_chains
-from attnres_rewrite.passes.channel_axis import axis_votes
+from attnres_rewrite.passes.channel_axis import channel_axes
 from attnres_rewrite.passes.reachability import Reachability
 from attnres_rewrite.passes.scale_invariance import scale_culprits
-from attnres_rewrite.passes.select_chains import select_chains
-from attnres_rewrite.records import ResidualStream, StreamSearch, Update
+from attnres_rewrite.passes.select_chains import Selection, select_chains
+from attnres_rewrite.records import LeftAlone, ResidualStream, StreamSearch, Update
 
 
 def find_stream(gm: fx.GraphModule) -> StreamSearch:
@@ -56,11 +55,11 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     """
     _refuse_by_class(gm.graph)
     reach = Reachability(gm.graph)
-    chains = link_chains(classify_adds(reach))
-    selected, dropped = select_chains(chains, reach)
-    if not selected:
-        raise _no_stream(gm, chains, dropped, reach)
-    streams = _described(gm.graph, selected)
+    selection = select_chains(link_chains(classify_adds(reach)), reach)
+    dropped = dict(selection.dropped)
+    streams = _described(selection.chains, reach, dropped)
+    if not streams:
+        raise _no_stream(selection, add_reasons.left_alone(reach, set(), dropped))
     on_stream = {update.add for stream in streams for update in stream.updates}
     return StreamSearch(streams, add_reasons.left_alone(reach, on_stream, dropped))
 
@@ -91,78 +90,97 @@ def _refuse_by_class(graph: fx.Graph) -> None:
                 )
 
 
-def _no_stream(
-    gm: fx.GraphModule, chains: Sequence[Chain], dropped: dict[fx.Node, str], reach: Reachability
-) -> NoStreamError:
-    reasons = add_reasons.left_alone(reach, set(), dropped)
-    cut = [chain for chain in chains if "post-norm" in dropped.get(chain.end, "")]
-    if cut:
-        place = place_of(cut[0].adds[0].node)
+def _no_stream(selection: Selection, reasons: Sequence[LeftAlone]) -> NoStreamError:
+    """Say why nothing is left: in the words of what cut the chains, or by counting the reasons."""
+    if selection.cut_by_norm:
         return PostNormError(
             explain(
                 "the stream passes through a norm between updates (post-norm)",
-                place,
+                place_of(selection.cut_by_norm[0].adds[0].node),
                 "x = norm(x + f(x)) renormalises the sum, so it is not a sum of updates and has no block form.",
                 f"Attention Residuals need a pre-norm network. {len(reasons)} adds were looked at.",
             )
         )
-    parallel = [chain for chain in chains if "exchange" in dropped.get(chain.end, "")]
-    if parallel:
+    if selection.exchanging:
         return ParallelStreamsError(
             explain(
-                f"{len(parallel)} streams exchange updates (hyper-connections, AltUp, reversible layers)",
-                place_of(parallel[0].adds[0].node),
+                f"{len(selection.exchanging)} streams exchange updates (hyper-connections, AltUp, reversible layers)",
+                place_of(selection.exchanging[0].adds[0].node),
                 "Each update depends on several running sums, so none of them is the residual stream.",
                 "Rewrite the variant of the model that has one stream.",
             )
         )
-    first = reasons[0] if reasons else None
     return NoStreamError(
         explain(
             f"no residual stream; {len(reasons)} adds were looked at",
-            first.source_line if first else None,
+            reasons[0].source_line if reasons else None,
             add_reasons.summary(reasons),
             "A stream is two or more adds x + f(x), each feeding the next, on the way to an output.",
         )
     )
 
 
-def _described(graph: fx.Graph, chains: Sequence[Chain]) -> tuple[ResidualStream, ...]:
-    stream_edges = {add.node: _stream_position(add.node, add.stream) for chain in chains for add in chain.adds}
-    culprits = scale_culprits(graph, [add.node for chain in chains for add in chain.adds], stream_edges)
-    names = _names(chains)
-    return tuple(_describe(chain, name, culprits) for chain, name in zip(chains, names, strict=True))
+def _described(chains: Sequence[Chain], reach: Reachability, dropped: dict[fx.Node, str]) -> tuple[ResidualStream, ...]:
+    """Describe every chain whose channel axis is known; the others are dropped with the reason."""
+    updates = [_updates(chain) for chain in chains]
+    axes = [
+        channel_axes(chain.states, [update.carriers for update in own])
+        for chain, own in zip(chains, updates, strict=True)
+    ]
+    kept: list[tuple[Chain, tuple[Update, ...], tuple[int, ...]]] = []
+    for chain, own, places in zip(chains, updates, axes, strict=True):
+        if isinstance(places, str):
+            dropped.update({add.node: places for add in chain.adds})
+        else:
+            kept.append((chain, own, places))
+    stream_edges = {update.add: 1 - update.branch_position for _, own, _ in kept for update in own}
+    culprits = scale_culprits(reach.nodes, list(stream_edges), stream_edges)
+    names = _names([chain for chain, _, _ in kept])
+    return tuple(
+        _describe(name, chain, own, places, culprits, reach)
+        for name, (chain, own, places) in zip(names, kept, strict=True)
+    )
 
 
-def _stream_position(add: fx.Node, stream: fx.Node) -> int:
-    return 0 if add.args[0] is stream else 1
-
-
-def _describe(chain: Chain, name: str, culprits: dict[fx.Node, str]) -> ResidualStream:
-    updates: list[Update] = []
+def _updates(chain: Chain) -> tuple[Update, ...]:
+    found: list[Update] = []
     for previous, add in zip(chain.states, chain.adds, strict=False):
-        position = 1 - _stream_position(add.node, add.stream)
-        updates.append(Update(add.node, add.stream, position, add.kind, carriers_between(previous, add.stream)))
-    axes = _channel_axes(chain, updates)
+        branch_position = 1 if add.node.args[0] is add.stream else 0
+        carriers = carriers_between(previous, add.stream)
+        found.append(Update(add.node, add.stream, branch_position, add.kind, carriers))
+    return tuple(found)
+
+
+def _describe(
+    name: str,
+    chain: Chain,
+    updates: tuple[Update, ...],
+    axes: tuple[int, ...],
+    culprits: dict[fx.Node, str],
+    reach: Reachability,
+) -> ResidualStream:
     end = tensor_of(chain.end)
     assert end is not None
     following: list[Update | None] = [*updates, None]
-    readers = tuple(_readers(state, update) for state, update in zip(chain.states, following, strict=True))
+    readers = tuple(
+        tuple(sorted(_readers(state, update), key=lambda reader: reach.position[reader]))
+        for state, update in zip(chain.states, following, strict=True)
+    )
     return ResidualStream(
         name=name,
         root=chain.root,
-        updates=tuple(updates),
+        updates=updates,
         width=int(end.shape[axes[-1]]),
         dtype=end.dtype,
         axes=axes,
         readers=readers,
-        scale_culprits=(None, *(culprits.get(add.node) for add in chain.adds)),
+        scale_culprits=(None, *(culprits.get(update.add) for update in updates)),
     )
 
 
-def _readers(state: fx.Node, following: Update | None) -> tuple[fx.Node, ...]:
+def _readers(state: fx.Node, following: Update | None) -> set[fx.Node]:
     """Return the consumers of a state, looked at through carriers, other than the next add's stream edge."""
-    found: list[fx.Node] = []
+    found: set[fx.Node] = set()
     todo = [state]
     while todo:
         value = todo.pop()
@@ -174,67 +192,13 @@ def _readers(state: fx.Node, following: Update | None) -> tuple[fx.Node, ...]:
             if following is not None and user is following.add and user.args[following.branch_position] is not value:
                 continue
             if carried_input(user) is not value or _reads_beside(user, value):
-                found.append(user)
-    return tuple(dict.fromkeys(found))
+                found.add(user)
+    return found
 
 
 def _reads_beside(carrier: fx.Node, value: fx.Node) -> bool:
     """Say whether a carrier uses the state a second time, as in x * scale(x)."""
     return sum(arg is value for arg in carrier.args) > 1
-
-
-def _channel_axes(chain: Chain, updates: Sequence[Update]) -> tuple[int, ...]:
-    """Return the channel axis of every state, agreed on by all consumers of all states."""
-    moves = [update.carriers for update in updates]
-    norms: set[int] = set()
-    layers: set[int] = set()
-    for index, state in enumerate(chain.states):
-        for votes, into in zip(axis_votes(state), (norms, layers), strict=True):
-            into |= {first for axis in votes if (first := _at_root(moves[:index], chain, axis)) is not None}
-    agreed = norms or layers
-    if len(agreed) != 1:
-        seen = f"axes {sorted(agreed)}" if agreed else "no axis"
-        raise NoStreamError(
-            explain(
-                f"the channel axis of a stream cannot be told: its readers name {seen}",
-                place_of(chain.adds[0].node),
-                "A read normalises each source over its channels, and a wrong axis would be a wrong network.",
-                "Read the stream through LayerNorm, RMSNorm, GroupNorm, a linear layer or a convolution.",
-            )
-        )
-    axis: int | None = agreed.pop()
-    axes: list[int | None] = [axis]
-    for path in moves:
-        for carrier in path:
-            axis = None if axis is None else carry_axis(carrier, axis)
-        axes.append(axis)
-    width = {
-        shape[place]
-        for state, place in zip(chain.states, axes, strict=True)
-        if place is not None and (shape := symbolic_shape_of(state))
-    }
-    if None in axes or len(width) != 1 or not isinstance(next(iter(width)), int):
-        raise NoStreamError(
-            explain(
-                "the channels of a stream are split or change size between updates",
-                place_of(chain.adds[0].node),
-                f"Widths seen: {sorted(map(str, width))}.",
-            )
-        )
-    return tuple(place for place in axes if place is not None)
-
-
-def _at_root(moves: Sequence[tuple[fx.Node, ...]], chain: Chain, axis: int) -> int | None:
-    """Return the axis of the root that carriers take to `axis` of a later state."""
-    root = tensor_of(chain.root)
-    assert root is not None
-    for candidate in range(root.dim()):
-        place: int | None = candidate
-        for carrier in (carrier for path in moves for carrier in path):
-            place = None if place is None else carry_axis(carrier, place)
-        if place == axis:
-            return candidate
-    return None
 
 
 def _names(chains: Sequence[Chain]) -> list[str]:

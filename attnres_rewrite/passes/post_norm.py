@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from attnres_rewrite.fxgraph import op_name, source_line
+from attnres_rewrite.fxgraph import op_name
 from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, VIEWS
 from attnres_rewrite.passes.chains import Chain
 
@@ -81,8 +81,3 @@ def short_runs(chains: Sequence[Chain], following: dict[int, tuple[int, str]]) -
 def is_norm(name: str) -> bool:
     """Say whether the op named by `links` is a norm rather than an activation."""
     return name in _NORM_OPS
-
-
-def first_line(chain: Chain) -> str:
-    """Return the source line of the first add of a chain."""
-    return source_line(chain.adds[0].node)

@@ -58,18 +58,20 @@ Degree = float | NotHomogeneous
 Degrees = dict[fx.Node, Degree]  # state -> degree; an absent state has degree 0
 
 
-def scale_culprits(graph: fx.Graph, states: Sequence[fx.Node], stream_edges: dict[fx.Node, int]) -> dict[fx.Node, str]:
+def scale_culprits(
+    nodes: Sequence[fx.Node], states: Sequence[fx.Node], stream_edges: dict[fx.Node, int]
+) -> dict[fx.Node, str]:
     """Return the states some consumer of which depends on their scale, with the first such consumer.
 
     Args:
-        graph: The whole graph.
+        nodes: The whole graph, in order.
         states: The states to follow, of all streams; roots are left out by the caller.
         stream_edges: For each update's add, the position of the operand that is on the stream.
     """
     followed = set(states)
     degrees: dict[fx.Node, Degrees] = {}
     culprits: dict[fx.Node, str] = {}
-    for node in graph.nodes:
+    for node in nodes:
         if node in stream_edges:
             branch = node.args[1 - stream_edges[node]]
             _blame(culprits, degrees.get(branch, {}), node)  # type: ignore[arg-type]

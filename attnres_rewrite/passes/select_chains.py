@@ -1,6 +1,7 @@
 """Keep the chains that are residual streams of the network: step 3 of find_stream."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import networkx as nx
 from torch import fx
@@ -13,30 +14,47 @@ from attnres_rewrite.passes.normalize_adds import SharedMemory
 from attnres_rewrite.passes.reachability import Reachability
 
 
-def select_chains(chains: Sequence[Chain], reach: Reachability) -> tuple[list[Chain], dict[fx.Node, str]]:
-    """Return the streams, in graph order, and for each add of a dropped chain the reason."""
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chains that are streams, and of all others why not."""
+
+    chains: tuple[Chain, ...]  # in graph order
+    dropped: dict[fx.Node, str]  # add -> reason
+    cut_by_norm: tuple[Chain, ...]  # dropped as post-norm
+    exchanging: tuple[Chain, ...]  # dropped because they exchange updates
+
+
+def select_chains(chains: Sequence[Chain], reach: Reachability) -> Selection:
+    """Drop every chain that some reason speaks against; the reasons are asked in a fixed order."""
     dropped: dict[fx.Node, str] = {}
-
-    def drop(chain: Chain, reason: str) -> None:
-        dropped.update({add.node: reason for add in chain.adds})
-
     kept: list[Chain] = []
     alive = _nodes_before_output(reach)
     for whole in chains:
         chain = _trimmed(whole)
-        dropped |= {add.node: "adds a value that does not read the stream" for add in set(whole.adds) - set(chain.adds)}
-        if not any(add.kind == "residual" for add in chain.adds):
-            drop(chain, "adds a value that does not read the stream")
-        elif chain.end not in alive:
-            drop(chain, _why_dead(chain))
-        else:
+        reason = _why_no_stream(chain, alive)
+        lost = whole.adds if reason else set(whole.adds) - set(chain.adds)
+        dropped |= {add.node: reason or _NOT_READING for add in lost}
+        if reason is None:
             kept.append(chain)
-    for reason_of in (_overwritten, _stars, _nested, _cut_by_norm, _single, _exchanging):
-        reasons = reason_of(kept, reach)
+    by_rule: dict[_Rule, list[Chain]] = {}
+    for rule in (_overwritten, _stars, _nested, _cut_by_norm, _cut_by_activation, _single, _exchanging):
+        reasons = rule(kept, reach)
+        by_rule[rule] = [kept[index] for index in reasons]
         for index, reason in reasons.items():
-            drop(kept[index], reason)
+            dropped |= {add.node: reason for add in kept[index].adds}
         kept = [chain for index, chain in enumerate(kept) if index not in reasons]
-    return sorted(kept, key=lambda chain: reach.position[chain.root]), dropped
+    exchanging = by_rule[_exchanging] or (_leaking(by_rule[_stars], reach) if not kept else [])
+    kept.sort(key=lambda chain: reach.position[chain.root])
+    return Selection(tuple(kept), dropped, tuple(by_rule[_cut_by_norm]), tuple(exchanging))
+
+
+_NOT_READING = "adds a value that does not read the stream"
+
+
+def _why_no_stream(chain: Chain, alive: set[fx.Node]) -> str | None:
+    if not any(add.kind == "residual" for add in chain.adds):
+        return _NOT_READING
+    return None if chain.end in alive else _why_dead(chain)
 
 
 def _trimmed(chain: Chain) -> Chain:
@@ -78,6 +96,7 @@ def _nodes_before_output(reach: Reachability) -> set[fx.Node]:
 
 
 Reasons = dict[int, str]  # index of a dropped chain -> why
+_Rule = Callable[[Sequence[Chain], Reachability], Reasons]
 
 
 def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
@@ -116,10 +135,12 @@ def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
         )
         if carried * 2 < len(chain.adds):
             reasons[index] = "adds one value again and again, which no later layer carries on (a mask or a bias)"
-    if len(reasons) == len(chains):
-        # with no stream left to carry them, states that leak into each other are streams that exchange updates
-        reasons |= _exchanging(chains, reach)
     return reasons
+
+
+def _leaking(stars: Sequence[Chain], reach: Reachability) -> list[Chain]:
+    """Of the stars, those that exchange updates: with no stream beside them they are streams that leak."""
+    return [stars[index] for index in _exchanging(stars, reach)]
 
 
 def _post_dominators(chains: Sequence[Chain], reach: Reachability) -> dict[fx.Node, fx.Node]:
@@ -193,10 +214,15 @@ def _feeds_later(source: Chain, target: Chain, reach: Reachability) -> bool:
 def _cut_by_norm(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     cut = post_norm.short_runs(chains, post_norm.links(chains))
     return {
-        index: f"the sum passes through {through} before the next update"
-        + (" (post-norm)" if post_norm.is_norm(through) else "")
+        index: f"the sum passes through {through} before the next update (post-norm)"
         for index, through in cut.items()
+        if post_norm.is_norm(through)
     }
+
+
+def _cut_by_activation(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+    cut = post_norm.short_runs(chains, post_norm.links(chains))
+    return {index: f"the sum passes through {through} before the next update" for index, through in cut.items()}
 
 
 def _single(chains: Sequence[Chain], reach: Reachability) -> Reasons:

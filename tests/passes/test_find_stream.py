@@ -231,5 +231,5 @@ class Undecided(nn.Module):
 
 
 def test_an_axis_that_nothing_names_is_refused():
-    with pytest.raises(NoStreamError, match="channel axis"):
+    with pytest.raises(NoStreamError, match="channel axis cannot be told: its readers name no axis"):
         search(Undecided(), torch.randn(2, 5, 8))
