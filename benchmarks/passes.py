@@ -21,6 +21,7 @@ import transformers
 import attnres_rewrite as ar
 from attnres_rewrite.api import insert_planned, plan_program
 from attnres_rewrite.capture import capture
+from attnres_rewrite.passes.insert_reads import add_parameters
 
 RUNS = 3
 
@@ -53,6 +54,7 @@ def measure(layers: int) -> dict[str, Any]:
         nodes = len(program.graph.nodes)
         start = time.perf_counter()
         planned = plan_program(program, config)
+        add_parameters(program, planned.plans, config)
         insert_planned(planned, config)
         passes.append(time.perf_counter() - start)
         assert len(planned.search.streams[0].updates) == 2 * layers
