@@ -23,6 +23,13 @@ _LARGEST_EPS = 1e-3
 _NORMS_WITH_EPS = {"layer_norm": 4, "native_layer_norm": 4, "rms_norm": 3, "group_norm": 4}
 
 
+# Random numbers are laid out as the input is: equal values in another order of memory would get another mask.
+_FILLED_IN_MEMORY_ORDER = frozenset(
+    f"aten::{name}"
+    for name in "dropout native_dropout alpha_dropout feature_dropout bernoulli rand_like randn_like empty_like".split()
+)
+
+
 class LiftedState:
     """The float64 copies of what a graph reads: parameters shared by all runs, buffers fresh in each."""
 
@@ -125,6 +132,8 @@ class LiftedInterpreter(fx.Interpreter):
         args, kwargs = pytree.tree_map(_lifted_constant, (tuple(args), dict(kwargs)))
         if self.without_eps:
             args, kwargs = _drop_eps(target, args, kwargs)
+        if getattr(target, "_schema", None) is not None and target._schema.name in _FILLED_IN_MEMORY_ORDER:
+            args = (args[0].contiguous(), *args[1:])
         try:
             return super().call_function(target, args, kwargs)
         except (RuntimeError, NotImplementedError) as why:
