@@ -242,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one model")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "zoo.json")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of the JSON file for all other models")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # measure one model here, for a debugger
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     chosen = [spec for spec in builders.everything() if re.search(options.only, spec.name)][: options.limit]
     rows: list[Row] = []
+    kept = _other_rows(options.json, {spec.name for spec in chosen}) if options.keep else []
     try:
         for row in run_all(chosen, options.jobs, options.timeout):
             rows.append(row)
@@ -259,7 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"[{len(rows)}/{len(chosen)}] {row.name}: {row.outcome} {note}", flush=True)
     finally:
         # an interrupted run keeps what it has
-        write_results(rows, options.out, options.json)
+        write_results([*kept, *rows], options.out, options.json)
+
+
+def _other_rows(path: Path, names: set[str]) -> list[Row]:
+    """Read the rows of an earlier run, those of `names` left out."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"] if row["name"] not in names]
 
 
 if __name__ == "__main__":
