@@ -29,6 +29,7 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import ArtifactError, explain
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
+from attnres_rewrite.model_caches import register_dynamic_cache
 from attnres_rewrite.module import ExampleInputs, RewrittenModule, attribute, constants_of
 from attnres_rewrite.program_json import program_from_json, program_to_json
 from attnres_rewrite.report import RewriteReport, report_from_dict
@@ -262,6 +263,7 @@ def _import_output_classes(facts: Mapping[str, Any]) -> None:
             importlib.import_module("transformers.modeling_outputs")
         except ImportError as why:
             raise ArtifactError("the saved model returns a class of transformers, which is not installed") from why
+        register_dynamic_cache()
 
 
 def _tree_from(facts: Mapping[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:

@@ -28,6 +28,7 @@ from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, explain
 from attnres_rewrite.export_routes import Route, asks_for_fixed, automatic_dims, export, quiet, routes_for
 from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
+from attnres_rewrite.model_caches import register_caches
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
 
@@ -76,6 +77,7 @@ def capture(
         return _from_graph_module(model, start)
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
+    register_caches(model)
     _refuse_other_device(model, (tuple(args), dict(kwargs or {})))
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None

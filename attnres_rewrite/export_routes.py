@@ -94,11 +94,15 @@ def _capture_error(model: nn.Module, failures: list[tuple[Route, Exception]]) ->
                 f"{name} could not be captured on these example inputs",
                 place,
                 seen,
-                "First check that model(*args, **kwargs) runs, on the device of its parameters.",
+                _USE_NO_CACHE if "Cache" in seen else _RUN_IT_FIRST,
             )
         )
     error.__cause__ = failures[0][1] if failures else None
     return error
+
+
+_RUN_IT_FIRST = "First check that model(*args, **kwargs) runs, on the device of its parameters."
+_USE_NO_CACHE = "The model returns its key-value cache, which has no pytree: call it with use_cache=False."
 
 
 def _is_graph_break(why: Exception) -> bool:
