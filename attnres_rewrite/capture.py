@@ -75,10 +75,24 @@ def capture(
     if isinstance(model, fx.GraphModule) and _is_aten(model):
         say("capture (graph module)")
         return _from_graph_module(model, start)
+    captured = _from_module(model, tuple(args), dict(kwargs or {}), dynamic_shapes, both_modes, say, start)
+    return replace(captured, fixed_dims=()) if asks_for_fixed(dynamic_shapes) else captured
+
+
+def _from_module(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    both_modes: bool,
+    say: Progress,
+    start: float,
+) -> Captured:
+    """Export a module in its own mode, and in the other one where that can be done."""
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
     register_caches(model)
-    _refuse_other_device(model, (tuple(args), dict(kwargs or {})))
+    _refuse_other_device(model, (args, kwargs))
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None
     notes: list[str] = []
@@ -87,7 +101,7 @@ def capture(
         routes = routes_for(dynamic_shapes) if route is None else (route,)
         try:
             with _in_mode(model, mode):
-                program, route = export(model, tuple(args), dict(kwargs or {}), dynamic_shapes, routes)
+                program, route = export(model, args, kwargs, dynamic_shapes, routes)
         except CaptureError as why:
             if mode == model.training:
                 raise
@@ -96,8 +110,7 @@ def capture(
             programs[mode] = _normalised(program)
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
-    captured = replace(_captured(programs, model.training, str(route), start), notes=tuple(notes))
-    return replace(captured, fixed_dims=()) if asks_for_fixed(dynamic_shapes) else captured
+    return replace(_captured(programs, model.training, str(route), start), notes=tuple(notes))
 
 
 def refuse_rewritten(model: object) -> None:

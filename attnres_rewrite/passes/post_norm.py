@@ -1,4 +1,4 @@
-"""Tell where one chain's end becomes the next chain's root through a norm, or through an activation.
+"""Tell where one chain's end becomes the next chain's root through a norm, an activation or an active dropout.
 
 x = norm(x + f(x))     post-norm: the sum never runs on, so each chain holds a layer's updates only
 x = relu(x + f(x))     the same for a ResNet
@@ -35,7 +35,7 @@ def links(chains: Sequence[Chain]) -> dict[int, tuple[int, str]]:
 
 
 def _trace_back(root: fx.Node, end_of: dict[fx.Node, int]) -> tuple[int | None, str]:
-    """Follow a root back through norms and activations to the end of a chain."""
+    """Follow a root back through norms, activations and dropouts to the end of a chain."""
     source, through = None, ""
     todo, seen = [root], {root}
     while todo:
@@ -46,7 +46,7 @@ def _trace_back(root: fx.Node, end_of: dict[fx.Node, int]) -> tuple[int | None, 
         name = op_name(node)
         if node.op == "get_attr":
             continue
-        if name in _NORM_OPS or (name in _ACTIVATIONS and not through):
+        if name in _NORM_OPS or (name in _ACTIVATIONS | DROPOUTS and not through):
             through = name
         elif name not in _AROUND_A_NORM:
             return None, ""

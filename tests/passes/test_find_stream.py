@@ -146,6 +146,13 @@ def test_what_is_no_stream_is_refused_with_the_reason(step, error, message):
         search(gpt_of(step, depth=3))
 
 
+def test_a_dropout_on_the_sum_cuts_the_stream_in_train_mode_only():
+    model = gpt_of(lambda s, x: torch.dropout(x + s.f(s.n1(x)), 0.5, s.training), depth=4)
+    assert [len(stream.updates) for stream in search(model).streams] == [4]
+    with pytest.raises(NoStreamError, match="the sum passes through dropout before the next update"):
+        search(model.train())
+
+
 class Reversible(nn.Module):
     """Two streams, each updated from the other."""
 
