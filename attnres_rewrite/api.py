@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from attnres_rewrite.capture import capture
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
-from attnres_rewrite.errors import ModeMismatchError, ProofError, explain
+from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
 from attnres_rewrite.inputs import plain_inputs
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
@@ -72,8 +72,8 @@ def rewrite(
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
     say("find the stream, plan the blocks, insert the reads")
     start = time.perf_counter()
-    planned = {id(program): plan_program(program, config) for program in captured.programs.values()}
-    own = _require_same_streams(planned, captured)
+    planned = _plan_modes(captured, config)
+    own = planned[id(captured.programs[captured.training])]
     tree = captured.programs[captured.training]
     if not share_parameters:
         tree = _with_copied_parameters(captured)
@@ -155,21 +155,38 @@ def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
     return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 
-def _require_same_streams(planned: Mapping[int, Planned], captured: Captured) -> Planned:
-    """Return the plan of the model's own mode once every mode agrees with it, so that parameters can be shared."""
-    own = planned[id(captured.programs[captured.training])]
-    for other in planned.values():
-        if _outline(own.plans) != _outline(other.plans):
-            mine, theirs = ([len(plan.stream.updates) for plan in side.plans] for side in (own, other))
-            raise ModeMismatchError(
-                explain(
-                    "train mode and eval mode have different streams",
-                    own.plans[0].reads[0].source_line or None,
-                    f"Updates found: {mine} in {'train' if captured.training else 'eval'} mode, {theirs} in the other.",
-                    "A dropout on the sum itself, or layers skipped at random, make that; apply them to the branch.",
-                )
-            )
-    return own
+def _plan_modes(captured: Captured, config: AttnResConfig) -> dict[int, Planned]:
+    """Plan every program, by its id; all modes must agree, so that parameters can be shared.
+
+    Raises:
+        ModeMismatchError: They do not.
+    """
+    own_program = captured.programs[captured.training]
+    own = plan_program(own_program, config)
+    planned = {id(own_program): own}
+    for program in captured.programs.values():
+        if id(program) not in planned:
+            try:
+                other = plan_program(program, config)
+            except NoStreamError as why:
+                raise _mode_mismatch(captured.training, own, str(why)) from why
+            if _outline(own.plans) != _outline(other.plans):
+                found = [len(plan.stream.updates) for plan in other.plans]
+                raise _mode_mismatch(captured.training, own, f"Updates found in the other mode: {found}.")
+            planned[id(program)] = other
+    return planned
+
+
+def _mode_mismatch(training: bool, own: Planned, difference: str) -> ModeMismatchError:
+    found = [len(plan.stream.updates) for plan in own.plans]
+    return ModeMismatchError(
+        explain(
+            "train mode and eval mode have different streams",
+            own.plans[0].reads[0].source_line or None,
+            f"Updates found in {'train' if training else 'eval'} mode: {found}. {difference}",
+            "A dropout on the sum itself, or layers skipped at random, make that; apply them to the branch.",
+        )
+    )
 
 
 def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:

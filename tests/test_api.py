@@ -91,7 +91,7 @@ class DroppedSum(Gpt):
 
 
 def test_modes_with_different_streams_are_refused():
-    with pytest.raises(ar.RewriteError, match="train mode and eval mode"):
+    with pytest.raises(ar.ModeMismatchError, match="the sum passes through dropout"):
         ar.rewrite(DroppedSum().eval(), (ids(),))
 
 

@@ -2,6 +2,7 @@
 
 x = norm(x + f(x))     post-norm: the sum never runs on, so each chain holds a layer's updates only
 x = relu(x + f(x))     the same for a ResNet
+x = drop(x + f(x))     the same in train mode, where each dropout draws a mask of its own
 """
 
 from collections.abc import Sequence
