@@ -132,7 +132,7 @@ def _classify_independent(
     return stream, branch, "parallel" if reads else "inject"
 
 
-def link_chains(found: dict[fx.Node, StreamAdd]) -> list[Chain]:
+def link_chains(found: dict[fx.Node, StreamAdd], reach: Reachability) -> list[Chain]:
     """Split the forest of stream adds into paths, the longest first taken from each root."""
     children: dict[fx.Node, list[fx.Node]] = {}
     for node, add in found.items():
@@ -140,15 +140,16 @@ def link_chains(found: dict[fx.Node, StreamAdd]) -> list[Chain]:
     # longest path below a node, counted in adds that read the stream, then in all adds
     depth: dict[fx.Node, tuple[int, int]] = {}
     for node in reversed(found):
-        below = max((depth[child] for child in children.get(node, ())), default=(0, 0))
+        following = _following(children.get(node, []), depth, reach)
+        below = depth[following] if following else (0, 0)
         depth[node] = (below[0] + (found[node].kind != "inject"), below[1] + 1)
     starts = [root for root in children if root not in found]
     chains: list[Chain] = []
     while starts:
         root = starts.pop(0)
-        node, path = root, list[StreamAdd]()
-        while children.get(node):
-            following = max(children[node], key=lambda child: depth[child])
+        path: list[StreamAdd] = []
+        node = root
+        while (following := _following(children.get(node, []), depth, reach)) is not None:
             children[node].remove(following)
             if children[node]:
                 starts.append(node)
@@ -157,3 +158,12 @@ def link_chains(found: dict[fx.Node, StreamAdd]) -> list[Chain]:
         if path:
             chains.append(Chain(root, tuple(path)))
     return chains
+
+
+def _following(adds: list[fx.Node], depth: dict[fx.Node, tuple[int, int]], reach: Reachability) -> fx.Node | None:
+    """Of the adds onto one state, return the one that carries the stream on.
+
+    An add that feeds another one lies in its branch: y = x + g(x);  x' = x + f(norm(y)).
+    """
+    outer = [add for add in adds if not any(reach.reaches(add, other) for other in adds)]
+    return max(outer, key=lambda add: depth[add], default=None)

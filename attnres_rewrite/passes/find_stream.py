@@ -55,7 +55,7 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     """
     _refuse_by_class(gm.graph)
     reach = Reachability(gm.graph)
-    selection = select_chains(link_chains(classify_adds(reach)), reach)
+    selection = select_chains(link_chains(classify_adds(reach), reach), reach)
     dropped = dict(selection.dropped)
     streams = _described(selection.chains, reach, dropped)
     if not streams:

@@ -168,17 +168,20 @@ def _passes_through(state: fx.Node, add: fx.Node, closer: dict[fx.Node, fx.Node]
 
 def _nested(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     """A chain that starts from another's stream and only feeds back into it lies in a branch of it."""
-    return _pairwise(
-        chains,
-        lambda inner, outer: (
-            _feeds_later(inner, outer, reach)
-            and not _feeds_later(outer, inner, reach)
-            and inner.root is not outer.root
-            and reach.reaches(outer.root, inner.root)
-        ),
-        "lies inside one branch of a stream",
-        reach,
-    )
+    if len(chains) < 2:
+        return {}
+    closer = _post_dominators(chains, reach)
+
+    def lies_inside(inner: Chain, outer: Chain) -> bool:
+        if not _feeds_later(inner, outer, reach) or _feeds_later(outer, inner, reach):
+            return False
+        if inner.root is not outer.root:
+            return reach.reaches(outer.root, inner.root)
+        # an encoder may share its root with its decoder, but it is read by more than one branch
+        entry = next(add.node for add in outer.adds if reach.reaches(inner.end, add.node))
+        return _passes_through(inner.end, entry, closer, reach)
+
+    return _pairwise(chains, lies_inside, "lies inside one branch of a stream", reach)
 
 
 def _exchanging(chains: Sequence[Chain], reach: Reachability) -> Reasons:

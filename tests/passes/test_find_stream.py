@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from attnres_rewrite.capture import capture
 from attnres_rewrite.errors import NoStreamError, ParallelStreamsError, PostNormError
+from attnres_rewrite.fxgraph import source_line
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.records import StreamSearch
@@ -122,6 +123,19 @@ def test_a_chain_inside_a_branch_is_not_a_stream():
     found = search(gpt_of(nested))
     assert [len(stream.updates) for stream in found.streams] == [2]
     assert [entry.reason for entry in found.left_alone].count("lies inside one branch of a stream") == 4
+
+
+def summed_in_the_branch(s: Layer, x: Tensor) -> Tensor:
+    y = x + s.f(s.n1(x))
+    y = y + s.g(s.n2(y))
+    return x + s.f(s.n1(y))
+
+
+def test_a_chain_that_starts_from_the_state_itself_is_not_taken_for_the_stream():
+    found = search(gpt_of(summed_in_the_branch, depth=3))
+    (stream,) = found.streams
+    assert [update.kind for update in stream.updates] == ["residual"] * 3
+    assert len({source_line(update.add) for update in stream.updates}) == 1
 
 
 def post_norm(s: Layer, x: Tensor) -> Tensor:
