@@ -248,7 +248,7 @@ def refused() -> list[Spec]:
         hf("bart", "BartForConditionalGeneration", "PostNormError", ENCODER_DECODER,
            inputs=text_to_text),
         # hyper-connections: four streams that are mixed before and after every branch
-        _swept("deepseek_v4", "DeepseekV4ForCausalLM", "NoStreamError"),
+        _swept("deepseek_v4", "DeepseekV4ForCausalLM", "ParallelStreamsError"),
         # transformers' own Block Attention Residuals
         _swept("inkling2", "Inkling2ForCausalLM", "AlreadyRewrittenError"),
     ]
