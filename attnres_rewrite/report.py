@@ -45,7 +45,7 @@ class CaptureReport:
     num_nodes: int  # of the graph of the model's own mode
     fixed_dims: tuple[FixedDim, ...]
     seconds: float
-    notes: tuple[str, ...]  # what was not captured, and why
+    notes: tuple[str, ...] = ()  # what was not captured, and why
 
 
 @dataclass(frozen=True, slots=True)
