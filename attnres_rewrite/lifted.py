@@ -20,6 +20,7 @@ _LOWER = frozenset({torch.float16, torch.bfloat16, torch.float32})
 # an eps small enough to vanish in float64, and large enough that a zero vector stays finite
 _NO_EPS = 1e-60
 _LARGEST_EPS = 1e-3
+_TRAINED_VARIANCE = 4.0
 _NORMS_WITH_EPS = {"layer_norm": 4, "native_layer_norm": 4, "rms_norm": 3, "group_norm": 4}
 
 
@@ -62,8 +63,17 @@ class LiftedState:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in fresh:
-            fresh[id(value)] = lift(value.detach().clone())
+            fresh[id(value)] = _trained_variance(target, lift(value.detach().clone()))
         return fresh[id(value)]
+
+
+def _trained_variance(target: str, value: Tensor) -> Tensor:
+    """Replace the variance of a batch norm that never saw a batch, which normalises nothing.
+
+    An untrained network in eval mode then grows from layer to layer until rounding errors do, too.
+    """
+    untrained = target.endswith("running_var") and bool((value == 1).all())
+    return value * _TRAINED_VARIANCE if untrained else value
 
 
 def _lifted_parameter(value: Tensor, index: int, perturb_constants: bool) -> Tensor:

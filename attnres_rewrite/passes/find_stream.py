@@ -64,6 +64,25 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     return StreamSearch(streams, add_reasons.left_alone(reach, on_stream, dropped))
 
 
+_OTHER_DESIGNS = (
+    (
+        ("AttentionResidual", "AttnRes"),
+        AlreadyRewrittenError,
+        "the model has Attention Residuals of its own ({})",
+        ("It mixes the depth already, so there is no plain residual stream to rewrite.",),
+    ),
+    (
+        ("HyperConnection", "AltUp"),
+        ParallelStreamsError,
+        "the model keeps several parallel streams ({})",
+        (
+            "Hyper-connections and AltUp mix copies of the stream in each layer: none is the running sum.",
+            "Rewrite the variant of the model that has one stream.",
+        ),
+    ),
+)
+
+
 def _refuse_by_class(graph: fx.Graph) -> None:
     """Refuse the known designs that replace the residual stream, by the names of their modules.
 
@@ -74,23 +93,9 @@ def _refuse_by_class(graph: fx.Graph) -> None:
         # the AltUp module itself is never called, only what it holds
         names |= {"AltUp" for fqn in module_path(node) if "altup" in fqn.split(".")}
         for name in sorted(names):
-            if "AttentionResidual" in name or "AttnRes" in name:
-                raise AlreadyRewrittenError(
-                    explain(
-                        f"the model has Attention Residuals of its own ({name})",
-                        source_line(node) or None,
-                        "It mixes the depth already, so there is no plain residual stream to rewrite.",
-                    )
-                )
-            if "HyperConnection" in name or "AltUp" in name:
-                raise ParallelStreamsError(
-                    explain(
-                        f"the model keeps several parallel streams ({name})",
-                        source_line(node) or None,
-                        "Hyper-connections and AltUp mix copies of the stream in each layer: none is the running sum.",
-                        "Rewrite the variant of the model that has one stream.",
-                    )
-                )
+            for words, error, what, why in _OTHER_DESIGNS:
+                if any(word in name for word in words):
+                    raise error(explain(what.format(name), source_line(node) or None, *why))
 
 
 def _no_stream(selection: Selection, reasons: Sequence[LeftAlone]) -> NoStreamError:
