@@ -1,0 +1,81 @@
+"""Say what is wrong with the arguments of an operation: the argument, and both values."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+MAX_SOURCES = 256
+MAX_WIDTH = 16384
+
+
+def check_sources(sources: object, name: str = "sources") -> None:
+    """Check S tensors [..., D] of one shape, dtype and device.
+
+    Raises:
+        TypeError: It is a tensor (a stack), or holds something else than floating-point tensors.
+        ValueError: There are none or too many, they do not agree, or D is too large.
+    """
+    if isinstance(sources, Tensor) or not isinstance(sources, list | tuple):
+        raise TypeError(f"{name} must be a list or tuple of tensors, not {_described(sources)}: it is never stacked")
+    if not sources:
+        raise ValueError(f"{name} is empty; a read mixes at least one source")
+    if len(sources) > MAX_SOURCES:
+        raise ValueError(f"{name} holds {len(sources)} tensors; the limit is {MAX_SOURCES}")
+    first: Any = sources[0]
+    for position, source in enumerate(cast("Sequence[object]", sources)):
+        if not isinstance(source, Tensor) or not source.dtype.is_floating_point:
+            raise TypeError(f"{name}[{position}] must be a floating-point tensor, not {_described(source)}")
+        check_like(source, first, f"{name}[{position}]", f"{name}[0]")
+    if not first.ndim:
+        raise ValueError(f"{name}[0] has no dimensions; it must be [..., D]")
+    if not 0 < first.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{name}[0] has {first.shape[-1]} channels; they must be 1 to {MAX_WIDTH}")
+
+
+def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    """Check that a tensor has the shape, dtype and device of another.
+
+    Raises:
+        ValueError: It has not.
+    """
+    for what in ("shape", "dtype", "device"):
+        here, there = getattr(tensor, what), getattr(other, what)
+        if here != there:
+            here, there = (tuple(value) if what == "shape" else value for value in (here, there))
+            raise ValueError(f"{name} has {what} {here}, {other_name} has {there}; they must agree")
+
+
+def check_vector(vector: object, like: Tensor, name: str) -> None:
+    """Check a parameter [D] against a tensor [..., D]; None passes.
+
+    Raises:
+        TypeError: It is not a floating-point tensor.
+        ValueError: It is not [D], or lies on another device.
+    """
+    if vector is None:
+        return
+    if not isinstance(vector, Tensor) or not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, not {_described(vector)}")
+    if vector.shape != like.shape[-1:]:
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; the sources have {like.shape[-1]} channels")
+    if vector.device != like.device:
+        raise ValueError(f"{name} is on {vector.device}, the sources are on {like.device}; they must agree")
+
+
+def check_scalars(eps: float, output: str) -> None:
+    """Check the eps of the keys and the output form.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    if not eps > 0:
+        raise ValueError(f"eps={eps!r} must be positive: a source may be zero")
+    if output not in ("sum", "mean"):
+        raise ValueError(f"output={output!r} must be 'sum' or 'mean'")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,50 @@
+"""The meaning of phase 1: all queries of a block against the finished sources.
+
+Shape letters: N sources, Q queries, ... any leading dimensions, D channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def inter_block(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_norms: Sequence[Tensor] | None = None, eps: float = 1e-6
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mix the finished sources for every read of a block (arXiv 2603.15031, algorithm 1, phase 1).
+
+        logit_qn = query_q . (RMSNorm(src_n) * key_norm_q)
+        out_q    = sum_n softmax_n(logit_q)_n * src_n
+        lse_q    = log sum_n exp(logit_qn)
+
+    Written over the list, without a stack, so that a compiler can fuse it: each source is normalised once.
+
+    Args:
+        sources: N tensors [..., D] of one shape, dtype and device, oldest first.
+        queries: Q tensors [D]. Worked with in float32, or float64 for float64 sources.
+        key_norms: Q gains [D] of the normalised keys, or None.
+        eps: Added to the mean square of a source, in squared units of the sources.
+
+    Returns:
+        Q mixes [..., D] in the dtype of the sources, and Q log-sum-exps [...] in float32 (float64).
+    """
+    work = torch.promote_types(sources[0].dtype, torch.float32)
+    values = [source.to(work) for source in sources]
+    rstds = [torch.rsqrt(value.square().mean(-1, keepdim=True) + eps) for value in values]
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for position, query in enumerate(queries):
+        probe = query.to(work) if key_norms is None else query.to(work) * key_norms[position].to(work)
+        logits = [(value * probe).sum(-1, keepdim=True) * rstd for value, rstd in zip(values, rstds, strict=True)]
+        top = logits[0]
+        for logit in logits[1:]:
+            top = torch.maximum(top, logit)
+        weights = [torch.exp(logit - top) for logit in logits]
+        total, mixed = weights[0], weights[0] * values[0]
+        for weight, value in zip(weights[1:], values[1:], strict=True):
+            total = total + weight
+            mixed = mixed + weight * value
+        outs.append((mixed / total).to(sources[0].dtype))
+        lses.append((top + torch.log(total)).squeeze(-1))
+    return outs, lses

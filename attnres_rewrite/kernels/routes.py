@@ -1,0 +1,68 @@
+"""What runs an operation, a Triton kernel or plain PyTorch; why; and how often it did.
+
+Plain PyTorch is the meaning, and what a CPU runs. On a GPU it runs only where `why_not_triton` has a reason, which
+is counted under that reason and warned of once.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+_KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_HAS_TRITON = find_spec("triton") is not None
+_counts: Counter[str] = Counter()
+
+
+def launches() -> Mapping[str, int]:
+    """Return how often each kernel was launched since `reset_launches`, by its name.
+
+    Kernels are named as their files are: "read.forward", "merge.backward". An eager call that ran as plain PyTorch
+    counts as "read: plain (cpu)", with the reason in parentheses. Code that Inductor compiled is not counted.
+    """
+    return dict(_counts)
+
+
+def reset_launches() -> None:
+    """Forget all counts."""
+    _counts.clear()
+
+
+def count(name: str) -> None:
+    """Count one launch."""
+    _counts[name] += 1
+
+
+def runs_triton(operation: str, tensors: Sequence[Tensor]) -> bool:
+    """Say whether the Triton kernels take these tensors [..., D]; count and warn when a GPU runs plain PyTorch."""
+    reason = why_not_triton(tensors)
+    if reason is None:
+        return True
+    if not torch.compiler.is_compiling():
+        count(f"{operation}: plain ({reason})")
+        if tensors[0].is_cuda:
+            _warn_once(operation, reason)
+    return False
+
+
+def why_not_triton(tensors: Sequence[Tensor]) -> str | None:
+    """Return why the kernels cannot take these tensors [..., D] of one dtype and device, or None."""
+    first = tensors[0]
+    if not first.is_cuda:
+        return first.device.type
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    if first.dtype not in _KERNEL_DTYPES:
+        return str(first.dtype).removeprefix("torch.")
+    if any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in tensors):
+        return "the channels of a tensor are not contiguous"
+    return None
+
+
+@cache
+def _warn_once(operation: str, reason: str) -> None:
+    warnings.warn(f"attnres_rewrite: {operation} runs as plain PyTorch, not as a kernel: {reason}", stacklevel=4)
