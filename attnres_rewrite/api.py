@@ -1,6 +1,7 @@
 """The whole flow of a rewrite, one line a stage. Start reading here.
 
-capture -> normalize_adds -> find_stream -> plan_blocks -> insert_reads -> report -> verify
+capture -> normalize_adds -> find_stream -> plan_blocks -> insert_reads -> schedule_reads -> fuse_reads -> report
+-> verify
 """
 
 import copy
@@ -19,11 +20,13 @@ from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError,
 from attnres_rewrite.inputs import plain_inputs
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
+from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.passes.plan_blocks import plan_blocks
-from attnres_rewrite.records import BlockPlan, Captured, StreamSearch
-from attnres_rewrite.report import RewriteReport, VerifyReport, report_from
+from attnres_rewrite.passes.schedule_reads import schedule_reads
+from attnres_rewrite.records import BlockPlan, Captured, FusedRead, ReadGroup, StreamSearch
+from attnres_rewrite.report import RewriteReport, VerifyReport, describe_stream, report_from
 from attnres_rewrite.verify import prove, prove_capture
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -70,7 +73,7 @@ def rewrite(
     say = progress or (lambda stage: None)
     inputs = ExampleInputs(*plain_inputs((tuple(args), dict(kwargs or {}))))
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
-    say("find the stream, plan the blocks, insert the reads")
+    say("find the stream, plan the blocks, insert and schedule the reads")
     start = time.perf_counter()
     planned = _plan_modes(captured, config)
     own = planned[id(captured.programs[captured.training])]
@@ -78,10 +81,10 @@ def rewrite(
     if not share_parameters:
         tree = _with_copied_parameters(captured)
     add_parameters(tree, own.plans, config)
-    rewritten = {key: insert_planned(found, config) for key, found in planned.items()}
-    programs = {mode: rewritten[id(program)] for mode, program in captured.programs.items()}
+    inserted = {key: insert_planned(found, config) for key, found in planned.items()}
+    programs = {mode: inserted[id(program)].program for mode, program in captured.programs.items()}
     seconds = time.perf_counter() - start
-    report = report_from(_name_of(model), config, captured, own.plans, own.search.left_alone, seconds)
+    report = _report(model, config, captured, own, inserted[id(own.program)], seconds)
     new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
     if verify:
         faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
@@ -109,11 +112,12 @@ def inspect(
     if dynamic_shapes is None and _is_meta(model):
         dynamic_shapes = {}  # a program of meta tensors never runs
     captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
-    say("find the stream, plan the blocks")
+    say("find the stream, plan the blocks, schedule the reads")
     start = time.perf_counter()
-    planned = plan_program(captured.programs[captured.training], config)
-    seconds = time.perf_counter() - start
-    return report_from(_name_of(model), config, captured, planned.plans, planned.search.left_alone, seconds)
+    own = plan_program(captured.programs[captured.training], config)
+    add_parameters(own.program, own.plans, config)
+    inserted = insert_planned(own, config)
+    return _report(model, config, captured, own, inserted, time.perf_counter() - start)
 
 
 def verify(
@@ -194,12 +198,30 @@ def _outline(plans: Sequence[BlockPlan]) -> list[tuple[Any, ...]]:
     return [(plan.blocks, plan.stream.width, [(read.state, read.name) for read in plan.reads]) for plan in plans]
 
 
-def insert_planned(planned: Planned, config: AttnResConfig) -> Program:
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """One rewritten program, and how its reads are computed."""
+
+    program: Program
+    groups: tuple[ReadGroup, ...]
+    fused: tuple[FusedRead, ...]
+
+
+def insert_planned(planned: Planned, config: AttnResConfig) -> Inserted:
     """Rewrite the program; keep a copy of its graph, with the plans on it, for the proofs."""
     original, copies = copy_graph(planned.program.graph)
     kept = tuple(map_plan(plan, copies) for plan in planned.plans)
     insert_reads(planned.program, planned.plans, config)
-    return Program(planned.program.graph, original, kept)
+    groups = schedule_reads(planned.program.graph, config.schedule)
+    fused = fuse_reads(planned.program.graph)
+    return Inserted(Program(planned.program.graph, original, kept), groups, fused)
+
+
+def _report(
+    model: Model, config: AttnResConfig, captured: Captured, own: Planned, inserted: Inserted, seconds: float
+) -> RewriteReport:
+    streams = [describe_stream(plan, inserted.groups, inserted.fused) for plan in own.plans]
+    return report_from(_name_of(model), config, captured, streams, own.search.left_alone, seconds)
 
 
 def _with_copied_parameters(captured: Captured) -> fx.GraphModule:

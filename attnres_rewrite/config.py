@@ -26,8 +26,8 @@ class AttnResConfig:
             the running sum. "mean" is the paper to the letter; through a norm both are one function.
         key_norm: Give each read a learned gain [D] on its normalised keys.
         eps: Added to the mean square of a source, in squared units of the stream.
-        schedule: "direct" mixes all sources at each read; "two_phase" and "auto" need the scheduling
-            pass, which this release does not have yet: "auto" is "direct".
+        schedule: "direct" mixes all sources at each read; "two_phase" mixes the finished blocks once for
+            all reads of a block; "auto" takes, for each block, what moves fewer bytes.
         param_dtype: Of queries and gains; None means the stream's, but never below float32.
         block_layers: Transformer layers a block (Kimi K3's counting); the last may be shorter.
 
@@ -55,8 +55,6 @@ class AttnResConfig:
             _check_count(name, value)
         _check_choice("output", self.output, OUTPUTS)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if self.schedule == "two_phase":
-            raise ValueError('schedule="two_phase" is not available yet; use "auto" or "direct"')
         if not self.eps > 0:
             raise ValueError(f"eps={self.eps!r} must be positive: a source may be zero")
         if self.param_dtype is not None and not self.param_dtype.is_floating_point:

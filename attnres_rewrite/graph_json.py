@@ -1,7 +1,7 @@
 """Write a captured graph as JSON and read it back, without pickle.
 
 A node is its op, its target by name, and its arguments. Names resolve to registered torch ops, to arithmetic
-of the operator module and to the two functions of this package that graphs call; nothing else can be named, so
+of the operator module and to the few functions of this package that graphs call; nothing else can be named, so
 a file can make no other code run.
 """
 
@@ -18,11 +18,19 @@ from torch.utils import _pytree as pytree
 from attnres_rewrite.errors import ArtifactError
 from attnres_rewrite.fxgraph import module_path, source_line
 from attnres_rewrite.inputs import check_inputs
+from attnres_rewrite.kernels.inter_block.op import inter_block
+from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
 from attnres_rewrite.kernels.read.op import block_attn_res
 
 Json = Any
 
-_OWN: dict[str, Callable[..., Any]] = {"block_attn_res": block_attn_res, "check_inputs": check_inputs}
+_OWN: dict[str, Callable[..., Any]] = {
+    "block_attn_res": block_attn_res,
+    "inter_block": inter_block,
+    "merge": merge,
+    "add_merge_norm": add_merge_norm,
+    "check_inputs": check_inputs,
+}
 _ARITHMETIC = frozenset(
     """getitem add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ lshift
     rshift""".split()

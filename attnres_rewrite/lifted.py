@@ -174,6 +174,8 @@ def _drop_eps(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
             args = (*args[:position], _NO_EPS, *args[position + 1 :])
         else:
             kwargs = kwargs | {"eps": _NO_EPS}
+    elif "norm_eps" in kwargs:  # a norm that fuse_reads has put into a read
+        kwargs = kwargs | {"norm_eps": _NO_EPS}
     elif name in ("add", "clamp_min", "clamp") and len(args) > 1:
         second = args[1]
         if isinstance(second, float) and 0 < second <= _LARGEST_EPS:

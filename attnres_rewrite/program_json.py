@@ -43,10 +43,7 @@ def _plan_to_json(plan: BlockPlan) -> Any:
             for update in stream.updates
         ],
         "blocks": [[block.start, block.stop] for block in plan.blocks],
-        "reads": [
-            [read.state, read.owner, read.source_line, read.num_sources, read.name, read.schedule]
-            for read in plan.reads
-        ],
+        "reads": [[read.state, read.owner, read.source_line, read.num_sources, read.name] for read in plan.reads],
     }
 
 

@@ -87,7 +87,6 @@ class ReadPlan:
     source_line: str  # of the add that made the state
     num_sources: int
     name: str  # FQN of the parameters' module, e.g. "model.layers.3.attn_res.1"
-    schedule: str = "direct"
 
     @property
     def query_name(self) -> str:
@@ -108,6 +107,30 @@ class BlockPlan:
     def num_sources(self, state: int) -> int:
         """Sources of `state`: the root, the blocks that ended before it, and its open block."""
         return 1 + sum(block.start <= state for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadGroup:
+    """Reads that mix the same finished sources, and how they are computed: schedule_reads chose by the bytes.
+
+    Bytes are those a token moves in one training step, forward and backward, under each schedule.
+    """
+
+    reads: tuple[str, ...]  # names of their parameters' modules, as in ReadPlan.name
+    num_finished: int  # sources they share
+    num_merges: int  # reads that mix a partial sum, too
+    schedule: str  # "direct" or "two_phase"
+    direct_bytes: int
+    two_phase_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FusedRead:
+    """What runs in one pass with the merge of a read: fuse_reads found its neighbours, or says why not."""
+
+    read: str  # as in ReadPlan.name
+    neighbours: tuple[str, ...]  # of "add", "rms norm", "layer norm"; empty when the read is alone
+    reason: str  # why a neighbour is not in it; "" when all are
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig
-from attnres_rewrite.records import BlockPlan, Captured, FixedDim, LeftAlone
+from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, LeftAlone, ReadGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class ReadReport:
     num_sources: int
     query_name: str
     schedule: str
+    fused_with: tuple[str, ...]  # neighbours that run in the same pass: "add", "rms norm", "layer norm"
+    left_out: str  # why a neighbour does not
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class StreamReport:
     update_kinds: dict[str, int]
     blocks: tuple[tuple[int, int], ...]
     reads: tuple[ReadReport, ...]
+    groups: tuple[ReadGroup, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class RewriteReport:
     streams: tuple[StreamReport, ...]
     left_alone: tuple[LeftAlone, ...]
     num_parameters_added: int
-    pass_seconds: float  # find_stream to insert_reads, all captured modes
+    pass_seconds: float  # find_stream to fuse_reads, all captured modes
     verify: VerifyReport | None = None  # None: no proof was run
 
     @property
@@ -118,9 +121,13 @@ def describe_config(config: AttnResConfig) -> dict[str, Any]:
     return asdict(config) | {"param_dtype": None if dtype is None else dtype_name(dtype)}
 
 
-def describe_stream(plan: BlockPlan) -> StreamReport:
-    """Return the facts of one planned stream."""
+def describe_stream(plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequence[FusedRead]) -> StreamReport:
+    """Return the facts of one planned stream; `groups` and `fused` are those of all streams."""
     stream = plan.stream
+    names = {read.name for read in plan.reads}
+    own = tuple(group for group in groups if names.issuperset(group.reads))
+    schedules = {name: group.schedule for group in own for name in group.reads}
+    fusions = {fusion.read: fusion for fusion in fused}
     kinds = [update.kind for update in stream.updates]
     return StreamReport(
         name=stream.name,
@@ -136,10 +143,13 @@ def describe_stream(plan: BlockPlan) -> StreamReport:
                 read.source_line,
                 read.num_sources,
                 read.query_name,
-                read.schedule,
+                schedules[read.name],
+                fusions[read.name].neighbours,
+                fusions[read.name].reason,
             )
             for read in plan.reads
         ),
+        groups=own,
     )
 
 
@@ -160,7 +170,7 @@ def report_from(
     model: str,
     config: AttnResConfig,
     captured: Captured,
-    plans: Sequence[BlockPlan],
+    streams: Sequence[StreamReport],
     left_alone: Sequence[LeftAlone],
     pass_seconds: float,
 ) -> RewriteReport:
@@ -170,9 +180,9 @@ def report_from(
         model=model,
         config=describe_config(config),
         capture=describe_capture(captured),
-        streams=tuple(describe_stream(plan) for plan in plans),
+        streams=tuple(streams),
         left_alone=tuple(left_alone),
-        num_parameters_added=sum(gains * plan.stream.width * len(plan.reads) for plan in plans),
+        num_parameters_added=sum(gains * stream.width * len(stream.reads) for stream in streams),
         pass_seconds=pass_seconds,
     )
 
@@ -211,8 +221,9 @@ def _capture_from_dict(facts: dict[str, Any]) -> CaptureReport:
 
 def _stream_from_dict(facts: dict[str, Any]) -> StreamReport:
     blocks = tuple((first, last) for first, last in facts["blocks"])
-    reads = tuple(ReadReport(**read) for read in facts["reads"])
-    fields: dict[str, Any] = {**facts, "blocks": blocks, "reads": reads}
+    reads = tuple(ReadReport(**read | {"fused_with": tuple(read["fused_with"])}) for read in facts["reads"])
+    groups = tuple(ReadGroup(**group | {"reads": tuple(group["reads"])}) for group in facts["groups"])
+    fields: dict[str, Any] = {**facts, "blocks": blocks, "reads": reads, "groups": groups}
     return StreamReport(**fields)
 
 

@@ -18,7 +18,6 @@ import attnres_rewrite as ar
         ({"block_size": True}, TypeError, "block_size=True must be an integer"),
         ({"num_blocks": 2, "block_size": 3}, ValueError, "num_blocks=2 and block_size=3 both group"),
         ({"output": "max"}, ValueError, "output='max' must be one of 'sum', 'mean'"),
-        ({"schedule": "two_phase"}, ValueError, "not available yet"),
         ({"schedule": "fast"}, ValueError, "schedule='fast' must be one of"),
         ({"eps": 0.0}, ValueError, "eps=0.0 must be positive"),
         ({"param_dtype": torch.int32}, ValueError, "not a floating-point dtype"),

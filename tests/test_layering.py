@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 # From the bottom up. A module may import its own level and what is below it, but for the EXCEPTIONS.
 LEVELS = (
     {"errors"},
-    {"config", "records", "fxgraph", "inputs", "copying", "kernels"},
+    {"config", "records", "fxgraph", "inputs", "copying", "kernels", "functional"},
     {
         "capture",
         "export_routes",
@@ -33,6 +33,7 @@ PROOFS = FACTS | {"verify", "lifted", "witness"}
 # has, and nothing else.
 EXCEPTIONS = {
     "kernels": {"kernels", "errors"},
+    "functional": {"functional", "kernels"},
     "verify": PROOFS,
     "lifted": PROOFS,
     "witness": PROOFS,

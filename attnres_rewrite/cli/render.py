@@ -113,6 +113,7 @@ def report(report: "RewriteReport", *, all_adds: bool = False) -> None:
         console.print(_stream_line(stream), soft_wrap=True)
         console.print(f"  {_blocks_line(stream)}", soft_wrap=True)
         console.print(_reads_table(stream))
+        console.print(_groups_table(stream))
     console.print()
     _left_alone(console, report, all_adds)
 
@@ -152,11 +153,24 @@ def _blocks_line(stream: "StreamReport") -> str:
 
 
 def _reads_table(stream: "StreamReport") -> Table:
-    table = _table("  state", "sources", "read by", "add at", "query", "schedule")
+    table = _table("  state", "sources", "read by", "add at", "query", "schedule", "in one pass with")
     for read in stream.reads:
         owner = read.owner or "(the model)"
         row = (f"  {read.state}", str(read.num_sources), owner, place(read.source_line), read.query_name)
-        table.add_row(*row, read.schedule)
+        table.add_row(*row, read.schedule, ", ".join(read.fused_with) or "-")
+    return table
+
+
+def _groups_table(stream: "StreamReport") -> Table:
+    table = _table("  finished sources", "reads", "direct, B/token", "two-phase, B/token", "schedule")
+    for group in stream.groups:
+        row = (
+            f"  {group.num_finished}",
+            str(len(group.reads)),
+            f"{group.direct_bytes:,}",
+            f"{group.two_phase_bytes:,}",
+        )
+        table.add_row(*row, group.schedule)
     return table
 
 

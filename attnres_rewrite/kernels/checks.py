@@ -47,14 +47,12 @@ def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> Non
 
 
 def check_vector(vector: object, like: Tensor, name: str) -> None:
-    """Check a parameter [D] against a tensor [..., D]; None passes.
+    """Check a parameter [D] against a tensor [..., D].
 
     Raises:
         TypeError: It is not a floating-point tensor.
         ValueError: It is not [D], or lies on another device.
     """
-    if vector is None:
-        return
     if not isinstance(vector, Tensor) or not vector.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, not {_described(vector)}")
     if vector.shape != like.shape[-1:]:

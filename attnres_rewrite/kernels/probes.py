@@ -5,6 +5,8 @@ from torch import Tensor
 
 
 def probe_of(query: Tensor, key_norm: Tensor | None) -> Tensor:
-    """Return query * key_norm [D] in float32."""
+    """Return query * key_norm [D] in float32, contiguous: kernels take it as it lies in memory."""
     probe = query.to(torch.float32)
-    return probe if key_norm is None else probe * key_norm.to(torch.float32)
+    if key_norm is not None:
+        probe = probe * key_norm.to(torch.float32)
+    return probe.contiguous()

@@ -65,4 +65,4 @@ def whole_rows(width: int, elements: int = 2048) -> Tile:
     """Choose a tile of whole rows that holds about `elements` values, or one row."""
     padded = 1 << (max(width, 16) - 1).bit_length()
     tokens = max(1, elements // padded)
-    return Tile(tokens, padded, num_warps=min(16, max(4, padded // 1024)))
+    return Tile(tokens, padded, num_warps=min(16, max(4, padded // 512)))

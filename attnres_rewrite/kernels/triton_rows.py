@@ -24,3 +24,24 @@ def row_starts(row, index, sizes, strides, NUM: tl.constexpr, RANK: tl.constexpr
         start += (rest % sizes[dim - 1]) * pick(strides, index, NUM, RANK, dim)
         rest = rest // sizes[dim - 1]
     return start + rest * pick(strides, index, NUM, RANK, 0)
+
+
+@triton.jit
+def pick_each(values, index, NUM: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr):
+    """values[i * STEP + OFFSET] for every i of a tensor, the last for those past the end."""
+    chosen = tl.where(index == 0, values[OFFSET], values[(NUM - 1) * STEP + OFFSET])
+    for i in tl.static_range(1, NUM - 1):
+        chosen = tl.where(index == i, values[i * STEP + OFFSET], chosen)
+    return chosen
+
+
+@triton.jit
+def starts_of_row(row, index, sizes, strides, NUM: tl.constexpr, RANK: tl.constexpr):
+    """Offsets, in elements, at which one row (int64) starts in each of NUM tensors."""
+    rest = row
+    start = tl.zeros_like(index).to(tl.int64)
+    for i in tl.static_range(RANK - 1):
+        dim: tl.constexpr = RANK - 1 - i
+        start += (rest % sizes[dim - 1]) * pick_each(strides, index, NUM, RANK, dim)
+        rest = rest // sizes[dim - 1]
+    return start + rest * pick_each(strides, index, NUM, RANK, 0)

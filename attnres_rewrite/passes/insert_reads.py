@@ -75,6 +75,7 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
     reads = {read.state: read for read in plan.reads}
     starts = {block.start for block in plan.blocks}
     sources = [stream.root]
+    moved: dict[tuple[fx.Node, int], fx.Node] = {}
     replaced: list[fx.Node] = []
     for state, update in enumerate(stream.updates, start=1):
         with graph.inserting_before(update.add):
@@ -87,7 +88,8 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
             # a state that nobody reads may still be asked for its shape
             mix = sources[0]
             if state in reads:
-                mix = _read(graph, sources, stream, reads[state], config, like=update.add)
+                open_block = state + 1 not in starts and state < len(stream.updates)
+                mix = _read(graph, sources, open_block, stream, reads[state], config, moved, like=update.add)
             update.add.replace_all_uses_with(mix)
         replaced += [*update.carriers, update.add]
     _erase_dead(graph, replaced)
@@ -134,13 +136,18 @@ def _cast(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 def _read(
     graph: fx.Graph,
     sources: Sequence[fx.Node],
+    open_block: bool,
     stream: ResidualStream,
     read: ReadPlan,
     config: AttnResConfig,
+    moved: dict[tuple[fx.Node, int], fx.Node],
     like: fx.Node,
 ) -> fx.Node:
     axis, rank = stream.axes[read.state], len(shape_of(like) or ())
-    mixed = [_moved(graph, source, axis, rank - 1, like) for source in sources]
+    for source in sources:
+        if (source, axis) not in moved:
+            moved[source, axis] = _moved(graph, source, axis, rank - 1, like)
+    mixed = [moved[source, axis] for source in sources]
     query = graph.get_attr(read.query_name)
     gain = graph.get_attr(f"{read.name}.key_norm") if config.key_norm else None
     mix = graph.call_function(
@@ -154,6 +161,7 @@ def _read(
     mix.meta |= {
         "val": value.movedim(axis, -1),
         "attn_res": read.name,
+        "num_finished": len(sources) - open_block,
         "from_node": like.meta.get("from_node", []),
     }
     return _moved(graph, mix, rank - 1, axis, like)

@@ -77,7 +77,9 @@ def random_config(spec: NetworkSpec, made: Generated) -> ar.AttnResConfig:
             {"block_size": draw.randint(1, 4)},
         )
     )
-    return ar.AttnResConfig(output=output if made.mean_preserves else "sum", key_norm=key_norm, **grouping)
+    schedule = draw.choice(("auto", "direct", "two_phase"))
+    output = output if made.mean_preserves else "sum"
+    return ar.AttnResConfig(output=output, key_norm=key_norm, schedule=schedule, **grouping)
 
 
 def check_found(made: Generated, new: ar.RewrittenModule) -> None:

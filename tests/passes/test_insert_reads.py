@@ -11,7 +11,7 @@ from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
 
 
 def rewrite(model: nn.Module, *args: Tensor, **config: object) -> RewrittenModule:
-    return ar.rewrite(model, args or (ids(),), config=ar.AttnResConfig(**config))
+    return ar.rewrite(model, args or (ids(),), config=ar.AttnResConfig(schedule="direct", **config))
 
 
 def stream_text(graph: fx.Graph) -> str:

@@ -58,7 +58,7 @@ def add_merge_norm(
     key_norm: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    norm_eps: float,
+    norm_eps: float | None,
     eps: float = 1e-6,
     factor: float = 1.0,
     norm: str = "rms",
@@ -78,7 +78,8 @@ def add_merge_norm(
         key_norm: Gain of the normalised key [D], or None.
         norm_weight: Weight of the norm after the merge [D], or None.
         norm_bias: Bias of that norm [D], or None; for norm="layer" only.
-        norm_eps: Added to its mean square ("rms") or variance ("layer").
+        norm_eps: Added to its mean square ("rms") or variance ("layer"); None is the machine epsilon of the
+            dtype that is worked in, as in torch.nn.functional.rms_norm.
         eps: Added to the mean square of the partial sum.
         factor: The number of all sources for output="sum", else 1.
         norm: "rms" or "layer".
@@ -92,6 +93,8 @@ def add_merge_norm(
     mix = _mixed(inter_out.to(work), lse.to(work), wide, query, key_norm, eps, factor)
     if norm == "layer":
         mix = mix - mix.mean(-1, keepdim=True)
+    if norm_eps is None:
+        norm_eps = torch.finfo(work).eps
     normed = mix * torch.rsqrt(mix.square().mean(-1, keepdim=True) + norm_eps)
     if norm_weight is not None:
         normed = normed * norm_weight.to(work)

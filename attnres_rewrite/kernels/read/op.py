@@ -24,6 +24,17 @@ def block_attn_res(
     return reference.block_attn_res(sources, query, key_norm, eps, output)
 
 
+def read_with_weights(
+    sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, output: str
+) -> tuple[Tensor, Tensor]:
+    """Return the mix, and the softmax weights [..., S], detached."""
+    if runs_triton("read", sources):
+        return read_by_kernel(sources, query, key_norm, eps, output)
+    with torch.no_grad():
+        weights = reference.weights_of(sources, query, key_norm, eps)
+    return reference.block_attn_res(sources, query, key_norm, eps, output), weights
+
+
 def read_by_kernel(
     sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, output: str
 ) -> tuple[Tensor, Tensor]:

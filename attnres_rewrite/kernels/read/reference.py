@@ -35,13 +35,7 @@ def block_attn_res(
     Returns:
         The mix [..., D] in the dtype of the sources, cast once.
     """
-    work = torch.promote_types(sources[0].dtype, torch.float32)
-    probe = query.to(work) if key_norm is None else query.to(work) * key_norm.to(work)
-    values = [source.to(work) for source in sources]
-    logits = [
-        (value * probe).sum(-1, keepdim=True) * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
-        for value in values
-    ]
+    values, logits = _values_and_logits(sources, query, key_norm, eps)
     top = logits[0]
     for logit in logits[1:]:
         top = torch.maximum(top, logit)
@@ -52,3 +46,22 @@ def block_attn_res(
         mixed = mixed + weight * value
     factor = len(sources) if output == "sum" else 1
     return (mixed * (factor / total)).to(sources[0].dtype)
+
+
+def weights_of(sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Return the softmax weights [..., S] of `block_attn_res`, in float32 or float64."""
+    _, logits = _values_and_logits(sources, query, key_norm, eps)
+    return torch.softmax(torch.cat(logits, -1), -1)
+
+
+def _values_and_logits(
+    sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    work = torch.promote_types(sources[0].dtype, torch.float32)
+    probe = query.to(work) if key_norm is None else query.to(work) * key_norm.to(work)
+    values = [source.to(work) for source in sources]
+    logits = [
+        (value * probe).sum(-1, keepdim=True) * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+        for value in values
+    ]
+    return values, logits

@@ -66,6 +66,27 @@ def test_any_leading_strides_without_a_copy():
     assert_within_twice_rounding(through_kernel, through_reference, [*storages, drawn(16, seed=4)])
 
 
+def test_a_program_sums_over_many_tiles(monkeypatch):
+    from attnres_rewrite.kernels.read import triton_backward
+
+    monkeypatch.setattr(triton_backward, "MAX_PROGRAMS", 3)
+    assert_within_twice_rounding(kernel, by_reference, inputs_of(3, 700, (25,), torch.float32))
+
+
+def test_a_query_may_be_a_column_of_a_matrix():
+    *sources, _, _ = inputs_of(3, 20, (6,), torch.float32)
+    columns = drawn(20, 3, seed=7)
+
+    def through(operation):
+        return lambda inputs: [operation(inputs[:-1], inputs[-1][:, 1])]
+
+    assert_within_twice_rounding(
+        through(lambda sources, query: op.read_by_kernel(sources, query, None, 1e-6, "sum")[0]),
+        through(lambda sources, query: reference.block_attn_res(sources, query, None, 1e-6, "sum")),
+        [*sources, columns],
+    )
+
+
 def test_gradients_are_the_same_bits_in_every_run():
     inputs = inputs_of(3, 40, (700,), torch.float16)
     first, second = (torch.autograd.grad(kernel(inputs)[0].float().square().sum(), inputs) for _ in range(2))

@@ -1,0 +1,133 @@
+"""The FX node of phase 1, what runs behind it, and the custom ops around its kernels.
+
+%inter = inter_block(sources=[%embedding, %block_1], queries=[%q1, %q2], key_norms=[%g1, %g2], eps=1e-6)
+%outs, %lses = %inter[0], %inter[1]
+
+The mix of one source is that source: nothing is written, and only its logits are computed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from attnres_rewrite.kernels.inter_block import reference
+from attnres_rewrite.kernels.probes import probe_of
+from attnres_rewrite.kernels.routes import runs_triton
+
+# of one launch: more would not fit into the registers, and cost one more reading of the sources
+MAX_QUERIES = 64
+
+
+@fx.wrap
+def inter_block(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_norms: Sequence[Tensor] | None, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Mix the sources for all queries of a block; see reference.inter_block for the formula, shapes and dtypes."""
+    if runs_triton("inter_block", sources):
+        return inter_block_by_kernel(sources, queries, key_norms, eps)
+    return reference.inter_block(sources, queries, key_norms, eps)
+
+
+def inter_block_by_kernel(
+    sources: Sequence[Tensor], queries: Sequence[Tensor], key_norms: Sequence[Tensor] | None, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return Q mixes [..., D] and Q log-sum-exps [...] from the Triton kernels."""
+    gains: Sequence[Tensor | None] = [None] * len(queries) if key_norms is None else key_norms
+    probes = [probe_of(query, gain) for query, gain in zip(queries, gains, strict=True)]
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    for first in range(0, len(probes), MAX_QUERIES):
+        group = torch.stack(probes[first : first + MAX_QUERIES])
+        if len(sources) == 1:
+            mixes = [sources[0]] * len(group)
+            lse, _, _ = torch.ops.attnres.inter_block_of_one(sources[0], group, eps)
+        else:
+            mixes, lse, _, _ = torch.ops.attnres.inter_block(list(sources), group, eps)
+        outs += mixes
+        # one unbind: its gradient is one stack, that of Q selections would be Q sums
+        lses += [row.reshape(sources[0].shape[:-1]) for row in lse.unbind(0)]
+    return outs, lses
+
+
+@torch.library.custom_op("attnres::inter_block", mutates_args=())
+def _inter_block(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Return Q mixes [..., D], lse [Q, T], rstd [T, N] and logits [T, N, Q]; see triton_forward."""
+    from attnres_rewrite.kernels.inter_block.triton_forward import logits_forward, mix_forward
+
+    rstd, logit = logits_forward(sources, probes, eps)
+    outs, lse = mix_forward(sources, logit)
+    return outs, lse, rstd, logit
+
+
+@_inter_block.register_fake
+def _(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probes.device) for _ in probes]
+    return outs, *_empty_scalars(sources, probes)
+
+
+@torch.library.custom_op("attnres::inter_block_of_one", mutates_args=())
+def _inter_block_of_one(source: Tensor, probes: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return lse [Q, T], rstd [T, 1] and logits [T, 1, Q]."""
+    from attnres_rewrite.kernels.inter_block.triton_forward import logits_forward
+
+    rstd, logit = logits_forward([source], probes, eps)
+    return logit.squeeze(1).t().clone(memory_format=torch.contiguous_format), rstd, logit
+
+
+@_inter_block_of_one.register_fake
+def _(source: Tensor, probes: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_scalars([source], probes)
+
+
+@torch.library.custom_op("attnres::inter_block_backward", mutates_args=())
+def _inter_block_backward(
+    grads: list[Tensor | None], dlse: Tensor | None, sources: list[Tensor], probes: Tensor, rstd: Tensor, logit: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients of the sources and of the probes; see triton_backward.inter_block_backward."""
+    from attnres_rewrite.kernels.inter_block.triton_backward import inter_block_backward
+
+    return inter_block_backward(grads, dlse, sources, probes, rstd, logit)
+
+
+@_inter_block_backward.register_fake
+def _(
+    grads: list[Tensor | None], dlse: Tensor | None, sources: list[Tensor], probes: Tensor, *_: Any
+) -> tuple[list[Tensor], Tensor]:
+    gradients = [torch.empty(source.shape, dtype=source.dtype, device=source.device) for source in sources]
+    return gradients, torch.empty_like(probes)
+
+
+def _empty_scalars(sources: Sequence[Tensor], probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_queries = sources[0].shape[:-1].numel(), probes.shape[0]
+    rstd = probes.new_empty(num_tokens, len(sources))
+    return probes.new_empty(num_queries, num_tokens), rstd, probes.new_empty(*rstd.shape, num_queries)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    sources, probes, _ = inputs
+    *_, rstd, logit = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd, logit)
+    ctx.save_for_backward(*sources, probes, rstd, logit)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None], dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    *sources, probes, rstd, logit = ctx.saved_tensors
+    dsources, dprobes = torch.ops.attnres.inter_block_backward(grads, dlse, sources, probes, rstd, logit)
+    return dsources, dprobes, None
+
+
+def _save_one(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    source, *rest = inputs
+    _save(ctx, ([source], *rest), output)
+
+
+def _backward_of_one(ctx: Any, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    (dsource,), dprobes, _ = _backward(ctx, [], dlse)
+    return dsource, dprobes, None
+
+
+_inter_block.register_autograd(_backward, setup_context=_save)
+_inter_block_of_one.register_autograd(_backward_of_one, setup_context=_save_one)

@@ -1,0 +1,198 @@
+"""Compile every kernel, as it is launched, for GPUs that are not here; print registers, stack and load widths.
+
+    python -m tests.kernels.ahead_of_time [--arch 80,90,100] [--width 768,...] [--operation read] [--jobs 2]
+
+The operations run on CPU tensors with a driver that names another target, and each launch compiles instead of running:
+what is measured is the very configuration that is shipped. One JSON line for each kernel. TRITON_INTERPRET must not
+be set.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from attnres_rewrite.kernels.inter_block import op as inter_block_op
+from attnres_rewrite.kernels.merge import op as merge_op
+from attnres_rewrite.kernels.read import op as read_op
+
+ARCHS = (80, 90, 100)
+WIDTHS = (768, 1024, 4096, 7168)
+NUM_SOURCES = (2, 5, 9)
+NUM_QUERIES = 6
+NUM_TOKENS = 1024
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel of one configuration. Loads are counted in the machine code by their width in bits."""
+
+    kernel: str
+    arch: int
+    width: int
+    num_sources: int
+    registers: int
+    stack: int
+    spills: int
+    loads: dict[str, int]
+    num_warps: int
+
+
+class _OtherDriver:
+    """A driver for a GPU that is not here: enough of one to compile."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compiled_for(arch: int, operation: Callable[[], Any]) -> list[Any]:
+    """Run an operation on CPU tensors, every launch replaced by its compilation; return the kernels."""
+    kernels: list[Any] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    driver.set_active(_OtherDriver(arch))
+    JITFunction.run = compile_only
+    try:
+        operation()
+    finally:
+        JITFunction.run = launch
+    return kernels
+
+
+def _rows(*count: int) -> list[Tensor]:
+    """Uninitialised bfloat16 rows [T, D]: nothing runs on them."""
+    *many, width = count
+    return [torch.empty(NUM_TOKENS, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(*many)]
+
+
+def _parameters(count: int, width: int) -> list[Tensor]:
+    return [torch.empty(width, requires_grad=True) for _ in range(count)]
+
+
+def run_read(width: int, num_sources: int) -> None:
+    query, gain = _parameters(2, width)
+    out, _ = read_op.read_by_kernel(_rows(num_sources, width), query, gain, 1e-6, "sum")
+    out.backward(torch.empty_like(out))
+
+
+def run_inter_block(width: int, num_sources: int) -> None:
+    queries, gains = _parameters(NUM_QUERIES, width), _parameters(NUM_QUERIES, width)
+    outs, lses = inter_block_op.inter_block_by_kernel(_rows(num_sources, width), queries, gains, 1e-6)
+    torch.autograd.backward([*outs, *lses], [torch.empty_like(value) for value in (*outs, *lses)])
+
+
+def run_merge(width: int, num_sources: int) -> None:
+    inter_out, partial = _rows(2, width)
+    query, gain = _parameters(2, width)
+    lse = torch.empty(NUM_TOKENS, requires_grad=True)
+    out = merge_op.merge_by_kernel(inter_out, lse, partial, query, gain, 1e-6, float(num_sources))
+    out.backward(torch.empty_like(out))
+
+
+def run_add_merge_norm(width: int, num_sources: int) -> None:
+    for norm in ("rms", "layer"):
+        inter_out, partial, update = _rows(3, width)
+        query, gain, weight, bias = _parameters(4, width)
+        lse = torch.empty(NUM_TOKENS, requires_grad=True)
+        total, normed = merge_op.add_merge_norm_by_kernel(
+            partial, update, inter_out, lse, query, gain, weight, bias if norm == "layer" else None, 1e-6, 1e-6,
+            float(num_sources), norm,
+        )  # fmt: skip
+        torch.autograd.backward([total, normed], [torch.empty_like(total), torch.empty_like(normed)])
+
+
+OPERATIONS: dict[str, Callable[[int, int], None]] = {
+    "read": run_read,
+    "inter_block": run_inter_block,
+    "merge": run_merge,
+    "add_merge_norm": run_add_merge_norm,
+}
+# a merge has two inputs, whatever the number of sources behind them
+SOURCES_OF = {"read": NUM_SOURCES, "inter_block": NUM_SOURCES, "merge": (2,), "add_merge_norm": (2,)}
+
+
+def measured(case: tuple[str, int, int, int]) -> list[Compiled]:
+    """Compile one operation for one architecture, width and number of sources."""
+    operation, arch, width, num_sources = case
+    kernels = compiled_for(arch, lambda: OPERATIONS[operation](width, num_sources))
+    return [_measured(kernel, arch, width, num_sources) for kernel in kernels]
+
+
+def _measured(kernel: Any, arch: int, width: int, num_sources: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output(CUOBJDUMP, "-res-usage", file.name)
+        code = _output(CUOBJDUMP, "-sass", file.name)
+    loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
+    widths = [next((width for width in ("128", "64", "U16", "U8") if width in load), "32") for load in loads]
+    return Compiled(
+        kernel=kernel.metadata.name,
+        arch=arch,
+        width=width,
+        num_sources=num_sources,
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        loads={width: widths.count(width) for width in sorted(set(widths))},
+        num_warps=kernel.metadata.num_warps,
+    )
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def cases(operations: list[str], archs: list[int], widths: list[int]) -> Iterator[tuple[str, int, int, int]]:
+    for operation in operations:
+        for num_sources in SOURCES_OF[operation]:
+            for width in widths:
+                for arch in archs:
+                    yield operation, arch, width, num_sources
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--arch", type=numbers, default=list(ARCHS))
+    parser.add_argument("--width", type=numbers, default=list(WIDTHS))
+    parser.add_argument("--operation", action="append", choices=list(OPERATIONS))
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    todo = list(cases(options.operation or list(OPERATIONS), options.arch, options.width))
+    with get_context("fork").Pool(options.jobs) as pool:
+        for found in pool.imap(measured, todo):
+            for kernel in found:
+                print(json.dumps(asdict(kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

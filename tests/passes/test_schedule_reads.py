@@ -1,0 +1,109 @@
+"""Mirrors attnres_rewrite/passes/schedule_reads.py."""
+
+import operator
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import attnres_rewrite as ar
+from attnres_rewrite.kernels.inter_block.op import inter_block
+from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
+from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.passes.schedule_reads import direct_rows, two_phase_rows
+from tests.networks import WIDTH, Layer, gpt, gpt_of, ids
+
+
+def rewrite(model: torch.nn.Module, **config: object) -> RewrittenModule:
+    return ar.rewrite(model, (ids(),), config=ar.AttnResConfig(**config))
+
+
+def read_by_a_linear(s: Layer, x: Tensor) -> Tensor:
+    """A reader that is no norm, so that nothing fuses."""
+    return x + s.f(x * s.gain)
+
+
+def text_of(graph: fx.Graph) -> str:
+    """Print phase 1 and the merges, and nothing else."""
+    lines = []
+    for node in graph.nodes:
+        if node.target is inter_block:
+            sources, queries = node.args
+            lines.append(f"inter_block({sources}, {[query.target for query in queries]})")
+        if node.target is merge:
+            out, lse, partial, query = node.args
+            place = out.args[1], lse.args[1], out.args[0].args[1], lse.args[0].args[1]
+            lines.append(f"merge{place} {partial} {query.target} x{node.kwargs['factor']:g}")
+        if node.target is block_attn_res:
+            lines.append(f"read({node.args[0]})")
+    return "\n".join(lines)
+
+
+def test_the_reads_of_a_block_share_phase_1():
+    new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2, schedule="two_phase")
+    assert text_of(new.graph) == (
+        "inter_block([embedding], ['layers.1.f.attn_res.0.query'])\n"
+        "merge(0, 0, 0, 1) linear_1 layers.1.f.attn_res.0.query x2\n"
+        "inter_block([embedding, add_tensor], ['layers.2.f.attn_res.0.query', 'layers.3.f.attn_res.0.query'])\n"
+        "merge(1, 1, 0, 1) linear_5 layers.3.f.attn_res.0.query x3\n"
+        "inter_block([embedding, add_tensor, add_tensor_1], ['attn_res.0.query'])"
+    )
+
+
+def test_a_finished_block_needs_no_merge_only_the_number_of_its_sources():
+    new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2, schedule="two_phase")
+    scales = [node for node in new.graph.nodes if node.target is torch.ops.aten.mul.Tensor and "attn_res" in node.meta]
+    assert [node.args[1] for node in scales] == [2, 3]
+    assert all(node.args[0].target is operator.getitem for node in scales)
+
+
+def test_direct_leaves_every_read_as_it_is():
+    new = rewrite(gpt(), block_size=2, schedule="direct")
+    assert not any(node.target in (inter_block, merge, add_merge_norm) for node in new.graph.nodes)
+    assert {group.schedule for group in new.report.streams[0].groups} == {"direct"}
+
+
+def test_auto_takes_what_moves_fewer_bytes():
+    new = rewrite(gpt(depth=4), block_size=4)
+    (stream,) = new.report.streams
+    for group in stream.groups:
+        fewer = "two_phase" if group.two_phase_bytes < group.direct_bytes else "direct"
+        assert group.schedule == fewer
+    assert {group.schedule for group in stream.groups} == {"direct", "two_phase"}
+    of_read = {name: group.schedule for group in stream.groups for name in group.reads}
+    assert [read.schedule for read in stream.reads] == [of_read[read.query_name[:-6]] for read in stream.reads]
+
+
+def test_bytes_follow_the_written_count():
+    new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2)
+    group = new.report.streams[0].groups[1]
+    assert (len(group.reads), group.num_finished, group.num_merges) == (2, 2, 1)
+    assert group.direct_bytes == 4 * WIDTH * direct_rows(2, 2, 1)
+    assert group.two_phase_bytes == 4 * WIDTH * two_phase_rows(2, 2, 1, 0)
+
+
+def test_sources_that_a_scale_changes_are_not_shared():
+    """Each state is scaled before the next add, so each read mixes other sources: every group has one read."""
+    new = rewrite(gpt_of(lambda s, x: 0.9 * x + s.f(s.n1(x)), depth=4), block_size=4, schedule="two_phase")
+    assert [len(group.reads) for group in new.report.streams[0].groups] == [1] * 4
+
+
+@pytest.mark.parametrize("schedule", ["auto", "direct", "two_phase"])
+@pytest.mark.parametrize("output", ["sum", "mean"])
+def test_every_schedule_computes_the_same(schedule, output):
+    def run(chosen: str) -> Tensor:
+        new = rewrite(gpt(depth=4), block_size=3, output=output, schedule=chosen).double()
+        torch.manual_seed(1)
+        for name, parameter in new.named_parameters():
+            if "attn_res" in name:
+                torch.nn.init.normal_(parameter)
+        return new(ids())
+
+    torch.testing.assert_close(run(schedule), run("direct"), rtol=1e-12, atol=1e-12)
+
+
+def test_two_phases_without_gains():
+    new = rewrite(gpt(depth=4), block_size=3, key_norm=False, schedule="two_phase")
+    assert new.report.verify is not None
+    assert new.report.verify.passed
