@@ -29,9 +29,9 @@ def schedule_reads(graph: fx.Graph, schedule: Schedule) -> tuple[ReadGroup, ...]
         if node.target is block_attn_res:
             found.setdefault(_finished(node), []).append(node)
     groups = tuple(_group(finished, reads, schedule) for finished, reads in found.items())
-    for group, (finished, reads) in zip(groups, found.items(), strict=True):
+    for group, reads in zip(groups, found.values(), strict=True):
         if group.schedule == "two_phase":
-            _split(graph, finished, reads)
+            _split(graph, reads)
     graph.lint()
     return groups
 
@@ -85,8 +85,10 @@ def two_phase_rows(num_finished: int, num_reads: int, num_merges: int, num_fused
     return phase_1 + 11 * num_fused + 19 * (num_merges - num_fused)
 
 
-def _split(graph: fx.Graph, finished: Sequence[fx.Node], reads: Sequence[fx.Node]) -> None:
+def _split(graph: fx.Graph, reads: Sequence[fx.Node]) -> None:
     """Replace the reads of a group by phase 1, before the first of them, and a merge at each."""
+    # asked for anew: a source may be a read of another group, replaced by now
+    finished = _finished(reads[0])
     with graph.inserting_before(reads[0]):
         queries = [_again(graph, read.args[1]) for read in reads]
         gains = [_again(graph, read.kwargs["key_norm"]) for read in reads]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnres_rewrite.cli import app
-from attnres_rewrite.records import FixedDim, LeftAlone
+from attnres_rewrite.records import FixedDim, LeftAlone, ReadGroup
 from attnres_rewrite.report import (
     CaptureReport,
     Proof,
@@ -82,14 +82,20 @@ def failing(passing) -> VerifyReport:
 @pytest.fixture
 def report(passing) -> RewriteReport:
     reads = (
-        ReadReport(1, "layers.1[red]", "tiny.py:12", 2, "layers.1.attn_res.0.query", "direct"),
-        ReadReport(3, "", "", 3, "attn_res.0.query", "direct"),
+        ReadReport(
+            1, "layers.1[red]", "tiny.py:12", 2, "layers.1.attn_res.0.query", "two_phase", ("add", "rms norm"), ""
+        ),
+        ReadReport(3, "", "", 3, "attn_res.0.query", "direct", (), "it is a direct read"),
+    )
+    groups = (
+        ReadGroup(("layers.1.attn_res.0",), 1, 1, "two_phase", 704, 512),
+        ReadGroup(("attn_res.0",), 3, 0, "direct", 640, 992),
     )
     return RewriteReport(
         model="Tiny",
         config={"num_blocks": 2, "output": "sum", "param_dtype": None},
         capture=CaptureReport("torch.export(strict=False)", ("eval",), 42, (FixedDim("x", 1, 5),), 0.25),
-        streams=(StreamReport("stream", 8, "float32", 3, {"residual": 3}, ((1, 2), (3, 3)), reads),),
+        streams=(StreamReport("stream", 8, "float32", 3, {"residual": 3}, ((1, 2), (3, 3)), reads, groups),),
         left_alone=(
             LeftAlone("add", "tiny.py:3", "", "it adds [bold] a bias"),
             LeftAlone("add_1", "tiny.py:4", "layers.0", "it adds [bold] a bias"),

@@ -12,7 +12,7 @@ from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
 from attnres_rewrite.kernels.read.op import block_attn_res
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.schedule_reads import direct_rows, two_phase_rows
-from tests.networks import WIDTH, Layer, gpt, gpt_of, ids
+from tests.networks import WIDTH, Gpt, Layer, gpt, gpt_of, ids
 
 
 def rewrite(model: torch.nn.Module, **config: object) -> RewrittenModule:
@@ -105,5 +105,27 @@ def test_every_schedule_computes_the_same(schedule, output):
 
 def test_two_phases_without_gains():
     new = rewrite(gpt(depth=4), block_size=3, key_norm=False, schedule="two_phase")
+    assert new.report.verify is not None
+    assert new.report.verify.passed
+
+
+class Skipping(Gpt):
+    """Adds an older state again, as a U-Net does: the read of that state is a source of later reads."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number == 0:
+                older = x
+            if number == 1:
+                x = x + older
+        return self.head(self.norm(x))
+
+
+def test_a_source_may_be_a_read_of_another_group():
+    torch.manual_seed(0)
+    new = rewrite(Skipping(depth=4).eval(), num_blocks="full", schedule="two_phase")
+    assert new.report.streams[0].update_kinds == {"residual": 8, "skip": 1}
     assert new.report.verify is not None
     assert new.report.verify.passed
