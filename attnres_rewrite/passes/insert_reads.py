@@ -82,7 +82,8 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
             sources = [_carried(graph, source, update) for source in sources]
             added = _full_shape(graph, update, like=sources[0])
             if state in starts:
-                sources.append(added)
+                # does nothing as captured; under autocast it keeps the partial sum in the precision of the stream
+                sources.append(_call(graph, aten.type_as.default, (added, sources[0]), like=update.add))
             else:
                 sources[-1] = _call(graph, ADD, (sources[-1], added), like=update.add)
             # a state that nobody reads may still be asked for its shape

@@ -28,8 +28,8 @@ def test_the_add_and_the_norm_run_in_the_pass_of_the_merge():
         ((), "its block is finished: phase 1 is the mix"),
     ]
     first, second, third = (node for node in new.graph.nodes if node.target is add_merge_norm)
-    assert [str(arg) for arg in first.args[:2]] == ["linear_1", "None"]
-    assert [str(arg) for arg in second.args[:2]] == ["linear_1", "linear_3"]
+    assert [str(arg) for arg in first.args[:2]] == ["type_as_default", "None"]
+    assert [str(arg) for arg in second.args[:2]] == ["type_as_default", "linear_3"]
     assert third.args[0].args == (second, 0)
     assert third.kwargs == {"norm_eps": 1e-5, "eps": 1e-6, "factor": 2.0, "norm": "layer"}
     left = {str(node.target) for node in new.graph.nodes if node.op == "call_function"}

@@ -43,11 +43,11 @@ def feeds(node: fx.Node) -> bool:
 def test_the_states_become_reads_of_blocks():
     new = rewrite(gpt_of(lambda s, x: x + s.f(s.n1(x)), depth=4), block_size=2)
     assert stream_text(new.graph) == (
-        "s0 = read([embedding, linear_1], layers.1.attn_res.0.query)\n"
-        "s1 = linear_1 + linear_3\n"
+        "s0 = read([embedding, type_as_default], layers.1.attn_res.0.query)\n"
+        "s1 = type_as_default + linear_3\n"
         "s2 = read([embedding, s1], layers.2.attn_res.0.query)\n"
-        "s3 = read([embedding, s1, linear_5], layers.3.attn_res.0.query)\n"
-        "s4 = linear_5 + linear_7\n"
+        "s3 = read([embedding, s1, type_as_default_1], layers.3.attn_res.0.query)\n"
+        "s4 = type_as_default_1 + linear_7\n"
         "s5 = read([embedding, s1, s4], attn_res.0.query)"
     )
 
@@ -180,3 +180,20 @@ def test_a_name_that_is_taken_is_refused():
     model.layers[1].forward = lambda x: forward(x) + 0 * model.layers[1].attn_res(x)
     with pytest.raises(ar.RewriteError, match="attn_res"):
         rewrite(model)
+
+
+def test_under_autocast_every_source_keeps_the_precision_of_the_stream():
+    model = gpt()
+    new = ar.rewrite(model, (ids(),), config=ar.AttnResConfig(block_size=2, schedule="direct"), verify=False)
+    seen: list[torch.dtype] = []
+
+    class Watch(fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if target is block_attn_res:
+                seen.extend(source.dtype for source in args[0])
+            return super().call_function(target, args, kwargs)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Watch(new).run(ids())
+        torch.testing.assert_close(out, model(ids()), rtol=0.02, atol=0.02)
+    assert set(seen) == {torch.float32}

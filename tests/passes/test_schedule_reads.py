@@ -44,9 +44,9 @@ def test_the_reads_of_a_block_share_phase_1():
     new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2, schedule="two_phase")
     assert text_of(new.graph) == (
         "inter_block([embedding], ['layers.1.f.attn_res.0.query'])\n"
-        "merge(0, 0, 0, 1) linear_1 layers.1.f.attn_res.0.query x2\n"
+        "merge(0, 0, 0, 1) type_as_default layers.1.f.attn_res.0.query x2\n"
         "inter_block([embedding, add_tensor], ['layers.2.f.attn_res.0.query', 'layers.3.f.attn_res.0.query'])\n"
-        "merge(1, 1, 0, 1) linear_5 layers.3.f.attn_res.0.query x3\n"
+        "merge(1, 1, 0, 1) type_as_default_1 layers.3.f.attn_res.0.query x3\n"
         "inter_block([embedding, add_tensor, add_tensor_1], ['attn_res.0.query'])"
     )
 

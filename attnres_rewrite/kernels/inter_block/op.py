@@ -4,6 +4,9 @@
 %outs, %lses = %inter[0], %inter[1]
 
 The mix of one source is that source: nothing is written, and only its logits are computed.
+
+Under torch.compile the mixes are made again for the backward, from the sources and the saved logits: one op makes the
+logits, another the mixes, and that one is a checkpoint. Run eagerly, they are kept for it.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from attnres_rewrite.kernels.inter_block import reference
 from attnres_rewrite.kernels.probes import probe_of
@@ -44,27 +48,47 @@ def inter_block_by_kernel(
             mixes = [sources[0]] * len(group)
             lse, _, _ = torch.ops.attnres.inter_block_of_one(sources[0], group, eps)
         else:
-            mixes, lse, _, _ = torch.ops.attnres.inter_block(list(sources), group, eps)
+            mixes, lse = _mixes(list(sources), group, eps)
         outs += mixes
         # one unbind: its gradient is one stack, that of Q selections would be Q sums
         lses += [row.reshape(sources[0].shape[:-1]) for row in lse.unbind(0)]
     return outs, lses
 
 
-@torch.library.custom_op("attnres::inter_block", mutates_args=())
-def _inter_block(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Return Q mixes [..., D], lse [Q, T], rstd [T, N] and logits [T, N, Q]; see triton_forward."""
-    from attnres_rewrite.kernels.inter_block.triton_forward import logits_forward, mix_forward
+def _mixes(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+    # their gradient is part of that of the mixes: one backward reads the sources once for both
+    rstd, logit = torch.ops.attnres.inter_logits([source.detach() for source in sources], probes.detach(), eps)
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return checkpoint(torch.ops.attnres.inter_block, sources, probes, rstd, logit, use_reentrant=False)  # type: ignore[return-value]
+    return torch.ops.attnres.inter_block(sources, probes, rstd, logit)
 
-    rstd, logit = logits_forward(sources, probes, eps)
-    outs, lse = mix_forward(sources, logit)
-    return outs, lse, rstd, logit
+
+@torch.library.custom_op("attnres::inter_logits", mutates_args=())
+def _inter_logits(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return rstd [T, N] and logits [T, N, Q], float32; they have no gradient of their own."""
+    from attnres_rewrite.kernels.inter_block.triton_forward import logits_forward
+
+    return logits_forward(sources, probes, eps)
+
+
+@_inter_logits.register_fake
+def _(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _, rstd, logit = _empty_scalars(sources, probes)
+    return rstd, logit
+
+
+@torch.library.custom_op("attnres::inter_block", mutates_args=())
+def _inter_block(sources: list[Tensor], probes: Tensor, rstd: Tensor, logit: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return Q mixes [..., D] and lse [Q, T]; their gradient goes through the logits, too."""
+    from attnres_rewrite.kernels.inter_block.triton_forward import mix_forward
+
+    return mix_forward(sources, logit)
 
 
 @_inter_block.register_fake
-def _(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def _(sources: list[Tensor], probes: Tensor, rstd: Tensor, logit: Tensor) -> tuple[list[Tensor], Tensor]:
     outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probes.device) for _ in probes]
-    return outs, *_empty_scalars(sources, probes)
+    return outs, _empty_scalars(sources, probes)[0]
 
 
 @torch.library.custom_op("attnres::inter_block_of_one", mutates_args=())
@@ -106,26 +130,26 @@ def _empty_scalars(sources: Sequence[Tensor], probes: Tensor) -> tuple[Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    sources, probes, _ = inputs
-    *_, rstd, logit = output
+    sources, *scalars = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd, logit)
-    ctx.save_for_backward(*sources, probes, rstd, logit)
+    ctx.save_for_backward(*sources, *scalars)
 
 
-def _backward(ctx: Any, grads: list[Tensor | None], dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: list[Tensor | None], dlse: Tensor | None) -> tuple[Any, ...]:
     *sources, probes, rstd, logit = ctx.saved_tensors
     dsources, dprobes = torch.ops.attnres.inter_block_backward(grads, dlse, sources, probes, rstd, logit)
-    return dsources, dprobes, None
+    return dsources, dprobes, None, None
 
 
 def _save_one(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    source, *rest = inputs
-    _save(ctx, ([source], *rest), output)
+    source, probes, _ = inputs
+    _, rstd, logit = output
+    ctx.mark_non_differentiable(rstd, logit)
+    _save(ctx, ([source], probes, rstd, logit), output)
 
 
 def _backward_of_one(ctx: Any, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    (dsource,), dprobes, _ = _backward(ctx, [], dlse)
+    (dsource,), dprobes, _, _ = _backward(ctx, [], dlse)
     return dsource, dprobes, None
 
 

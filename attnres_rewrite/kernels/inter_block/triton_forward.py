@@ -140,7 +140,7 @@ def logits_forward(sources: Sequence[Tensor], probes: Tensor, eps: float) -> tup
     logit = probes.new_empty(*rstd.shape, num_queries)
     BT, BQ = 64, padded(num_queries)
     if rows.num_rows:
-        count("inter_block.forward")
+        count("inter_block.logits")
         logit_kernel[(triton.cdiv(rows.num_rows, BT), len(sources))](
             tuple(sources), rows.strides, rows.sizes, parts, rstd, logit, rows.num_rows, eps,
             N=len(sources), Q=num_queries, D=width, K=len(parts), RANK=rows.rank,
@@ -162,6 +162,7 @@ def mix_forward(sources: Sequence[Tensor], logit: Tensor) -> tuple[list[Tensor],
     BN, BQ = padded(len(sources)), padded(num_queries)
     BD = channels(sources[0].dtype, 512, max(BN, BQ))
     if rows.num_rows:
+        count("inter_block.forward")
         # few tokens: share the chunks of one among several programs
         shares = min(triton.cdiv(width, BD), triton.cdiv(MAX_PROGRAMS, rows.num_rows))
         mix_kernel[(rows.num_rows, shares)](

@@ -143,7 +143,11 @@ def test_what_is_not_finite_propagates_as_in_the_reference(bad):
 def test_the_custom_ops_are_sound():
     *sources, first, second = inputs_of(3, 1, 20, (2, 2))
     probes = torch.stack([first, second]).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.attnres.inter_block.default, (sources, probes, 1e-6))
+    scalars = torch.ops.attnres.inter_logits([source.detach() for source in sources], probes.detach(), 1e-6)
+    torch.library.opcheck(
+        torch.ops.attnres.inter_logits.default, ([s.detach() for s in sources], probes.detach(), 1e-6)
+    )
+    torch.library.opcheck(torch.ops.attnres.inter_block.default, (sources, probes, *scalars))
     torch.library.opcheck(torch.ops.attnres.inter_block_of_one.default, (sources[0], probes, 1e-6))
 
 
@@ -164,7 +168,7 @@ def test_launches_are_counted_and_a_cpu_runs_plain_pytorch():
     kernel, _ = operations(2, 1)
     inputs = inputs_of(2, 1, 20, (4,))
     torch.autograd.grad(sum(out.sum() for out in kernel(inputs)), inputs)
-    assert launches() == {"inter_block.forward": 1, "inter_block.backward": 1}
+    assert launches() == {"inter_block.logits": 1, "inter_block.forward": 1, "inter_block.backward": 1}
     first, second, query, gain = (value.cpu() for value in inputs)
     op.inter_block([first, second], [query], [gain], 1e-6)
     assert launches()["inter_block: plain (cpu)"] == 1
@@ -175,4 +179,4 @@ def test_a_gpu_runs_the_kernels():
     reset_launches()
     *sources, query, gain = inputs_of(3, 1, 20, (4,))
     op.inter_block(sources, [query], [gain], 1e-6)
-    assert launches() == {"inter_block.forward": 1}
+    assert launches() == {"inter_block.logits": 1, "inter_block.forward": 1}
