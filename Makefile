@@ -2,7 +2,8 @@
 #   make demo       rewrite a Hugging Face model and a hand-written GPT, proofs included
 #   make test       the tests, without the slow ones; make test-all runs every test
 #   make check      format, lint, types, layers
-#   make bench      the benchmarks; make gpu the tests that need a GPU
+#   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
+#   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ EXTRA_PACKAGES ?=
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all check bench gpu clean
+.PHONY: demo test test-all check bench gpu gpu-run clean
 
 demo: $(VENV)/.demo
 	@mkdir -p out
@@ -33,11 +34,21 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/passes.py
+	$(BIN)/python benchmarks/reads.py --tokens 2048 --width 1024 --queries 6
+	$(BIN)/python benchmarks/step.py
 
-gpu: $(VENV)/.dev
-	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-	then $(BIN)/python -m pytest tests/kernels; \
-	else echo "no GPU here: torch.cuda.is_available() is False, so nothing was run"; fi
+# what has torch and CUDA here already: an environment made by this file would bring the CPU build
+GPU_PYTHON ?= python3
+gpu:
+	@if $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then $(MAKE) --no-print-directory gpu-run; \
+	else echo "no GPU here: torch.cuda.is_available() is False for $(GPU_PYTHON), so nothing was run"; fi
+
+gpu-run:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider
+	mkdir -p benchmarks/results
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/reads.py --device cuda --json benchmarks/results/reads_cuda.json
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 \
+	  --json benchmarks/results/step_cuda.json
 
 clean:
 	rm -rf $(VENV)/.demo $(VENV)/.dev out

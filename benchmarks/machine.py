@@ -1,0 +1,33 @@
+"""What every result file says about the machine it was measured on, and how to wait for a GPU."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return device, versions and commit."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def synchronize(device: str) -> None:
+    """Wait for what was launched on a GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()

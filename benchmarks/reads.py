@@ -1,0 +1,213 @@
+"""Time the operations of attnres_rewrite.functional, and what public kernels do for the same, in one run.
+
+    python benchmarks/reads.py [--device cpu] [--sources 9] [--queries 24] [--tokens 8192] [--width 7168]
+                               [--dtype bfloat16] [--rounds 20] [--json benchmarks/results/reads_cpu.json]
+
+Each row: the median time, the bytes the operation has to move (rows of D read once and written once), the bandwidth
+that makes, and its share of a device-to-device copy measured in the same run. On a CPU the operations are compiled by
+Inductor, on a GPU they are the Triton kernels. Peers are timed where they are installed and take the arguments
+(flash-attn-res, fast-attnres, fla-core, liger-kernel; a GPU only); one that is missing or fails is a row that says
+so. Compared is one read of all sources, forward, and forward with backward.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from attnres_rewrite import functional as F  # noqa: E402
+from benchmarks.machine import machine_facts, synchronize  # noqa: E402
+
+Operation = Callable[[], Any]
+
+
+class Inputs:
+    """Tensors of one size, random."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        shape, dtype = (options.tokens, options.width), getattr(torch, options.dtype)
+        make = lambda *size: torch.randn(*size, device=options.device)  # noqa: E731
+        self.sources = [make(*shape).to(dtype).requires_grad_() for _ in range(options.sources)]
+        self.queries = [(make(options.width) * options.width**-0.5).requires_grad_() for _ in range(options.queries)]
+        self.gains = [make(options.width).requires_grad_() for _ in range(options.queries)]
+        self.weight = make(options.width).to(dtype).requires_grad_()
+        self.update = make(*shape).to(dtype).requires_grad_()
+        self.grad = make(*shape).to(dtype)
+        self.row_bytes = options.tokens * options.width * self.sources[0].element_size()
+
+
+def operations(inputs: Inputs, compiled: bool) -> dict[str, tuple[Operation, float]]:
+    """Return each operation with the rows of D that it has to move."""
+    wrap = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
+    finished, partial = inputs.sources[:-1], inputs.sources[-1]
+    num_sources, num_queries = len(inputs.sources), len(inputs.queries)
+    query, gain, weight = inputs.queries[0], inputs.gains[0], inputs.weight
+    read = wrap(lambda: F.attn_res_read(inputs.sources, query, gain))
+    phase_1 = wrap(lambda: F.inter_block(finished, inputs.queries, inputs.gains)[0])
+    with torch.no_grad():
+        (out,), (lse,) = F.inter_block(finished, [query], [gain])
+    out, lse = out.detach().requires_grad_(), lse.detach().requires_grad_()
+    merge = wrap(lambda: F.merge(out, lse, partial, query, gain))
+    fused = wrap(lambda: F.add_merge_norm(partial, inputs.update, out, lse, query, gain, weight, None, 1e-6)[1])
+    n, q = num_sources - 1, num_queries
+    rows = {
+        "read": (read, n + 2, inputs.sources, 2 * (n + 1) + 1),
+        "inter_block": (phase_1, n + q, finished, q + 2 * n),
+        "merge": (merge, 3, [out, partial], 5),
+        "add_merge_norm": (fused, 5, [out, partial, inputs.update], 5),
+    }
+    found: dict[str, tuple[Operation, float]] = {}
+    for name, (operation, forward, wanted, backward) in rows.items():
+        found[f"{name}, forward"] = (without_grad(operation), forward)
+        found[f"{name}, forward + backward"] = (with_grad(operation, wanted, inputs.grad), forward + backward)
+    return found
+
+
+def without_grad(operation: Operation) -> Operation:
+    def run() -> None:
+        with torch.no_grad():
+            operation()
+
+    return run
+
+
+def with_grad(operation: Operation, wanted: Sequence[Tensor], grad: Tensor) -> Operation:
+    def run() -> None:
+        outs = operation()
+        outs = outs if isinstance(outs, list) else [outs]
+        torch.autograd.grad(outs, wanted, [grad.reshape(outs[0].shape)] * len(outs))
+
+    return run
+
+
+def peers(inputs: Inputs) -> dict[str, Callable[[], tuple[Operation, Sequence[Tensor]]]]:
+    """Return what makes the read of each public kernel, and the tensors whose gradients it gives; that may fail.
+
+    Each is handed its sources as it wants them: a stack is made before the clock starts.
+    """
+    query, gain = (
+        vector.detach().to(inputs.grad.dtype).requires_grad_() for vector in (inputs.queries[0], inputs.gains[0])
+    )
+    values = torch.stack([source.detach() for source in inputs.sources]).requires_grad_()
+
+    def fla() -> tuple[Operation, Sequence[Tensor]]:
+        function = importlib.import_module("fla.ops.attnres").fused_attnres
+        return lambda: function(query, inputs.sources, gain), inputs.sources
+
+    def liger() -> tuple[Operation, Sequence[Tensor]]:
+        function = importlib.import_module("liger_kernel.ops.attn_res").LigerAttnResFunction.apply
+        return lambda: function(values, query, gain, 1e-6), [values]
+
+    def fast() -> tuple[Operation, Sequence[Tensor]]:
+        function = importlib.import_module("attnres").attnres
+        return lambda: function(list(inputs.sources), query, eps=1e-6), inputs.sources
+
+    def flash() -> tuple[Operation, Sequence[Tensor]]:
+        package = importlib.import_module("flash_attn_res")
+        phase_1 = package.phase_1_batched_attention_triton_op
+        phase_2 = package.phase_2_online_softmax_merge_triton_op
+        finished, partial = values[:-1].unsqueeze(1), values[-1].unsqueeze(0)
+
+        def read() -> Tensor:
+            outs, lses = phase_1(finished, query.unsqueeze(0), 1e-6)
+            return phase_2(partial, query, outs[0], lses[0], 1e-6)
+
+        return read, [values]
+
+    return {"fla-core": fla, "liger-kernel": liger, "fast-attnres": fast, "flash-attn-res": flash}
+
+
+def seconds_of(operation: Operation, rounds: int, device: str) -> float:
+    for _ in range(3):
+        operation()
+    found: list[float] = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        operation()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def copy_bandwidth(inputs: Inputs, rounds: int, device: str) -> float:
+    """Bytes a second, read and written, of a copy four times as large as one tensor."""
+    source = torch.cat([value.detach() for value in inputs.sources[:2]] * 2)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), rounds, device)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    inputs = Inputs(options)
+    copy = copy_bandwidth(inputs, options.rounds, options.device)
+    rows: list[dict[str, Any]] = [{"operation": "copy", "gb_per_s": copy / 1e9}]
+    print(f"copy {copy / 1e9:.0f} GB/s")
+    for name, (operation, moved) in operations(inputs, compiled=options.device == "cpu").items():
+        seconds = seconds_of(operation, options.rounds, options.device)
+        rate = moved * inputs.row_bytes / seconds
+        rows.append(
+            {"operation": name, "us": 1e6 * seconds, "rows": moved, "gb_per_s": rate / 1e9, "of_copy": rate / copy}
+        )
+        print(f"{name:36} {1e6 * seconds:10.0f} us {moved:5} rows {rate / 1e9:7.0f} GB/s  {rate / copy:5.0%} of a copy")
+    if options.device == "cuda":
+        ours = {row["operation"]: row["us"] for row in rows if "us" in row}
+        for name, make in peers(inputs).items():
+            rows += peer_rows(name, make, ours, inputs, options)
+    return rows
+
+
+def peer_rows(
+    name: str,
+    make: Callable[[], tuple[Operation, Sequence[Tensor]]],
+    ours: dict[str, float],
+    inputs: Inputs,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Time a peer's read, forward and with its backward; one that cannot run is a row that says why."""
+    rows: list[dict[str, Any]] = []
+    for kind in ("forward", "forward + backward"):
+        try:
+            operation, wanted = make()
+            run = without_grad(operation) if kind == "forward" else with_grad(operation, wanted, inputs.grad)
+            microseconds = 1e6 * seconds_of(run, options.rounds, options.device)
+        except Exception as why:
+            first = str(why).splitlines()[0] if str(why) else ""
+            print(f"{name + ', ' + kind:36} not run: {type(why).__name__}: {first}")
+            rows.append({"operation": f"{name}, {kind}", "not_run": f"{type(why).__name__}: {first}"})
+            continue
+        ratio = microseconds / ours[f"read, {kind}"]
+        print(f"{name + ', ' + kind:36} {microseconds:10.0f} us   ours is {ratio:.2f} times as fast")
+        rows.append({"operation": f"{name}, {kind}", "us": microseconds, "ratio_to_ours": ratio})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    for name, default in (("sources", 9), ("queries", 24), ("tokens", 8192), ("width", 7168), ("rounds", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = measure(options)
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        options.json.write_text(
+            json.dumps({"machine": machine_facts(), "settings": settings, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

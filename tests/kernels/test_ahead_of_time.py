@@ -1,0 +1,51 @@
+"""No shipped kernel spills, and rows are loaded 128 bits at a time: seen in the machine code, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+# rows are not what these load: they work on one scalar for each source, query and token
+NARROW = {"64", "32"}
+
+
+def compiled(*options: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.ahead_of_time", "--jobs", "1", *options]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def check(kernels: list[dict]) -> None:
+    for kernel in kernels:
+        assert (kernel["stack"], kernel["spills"]) == (0, 0), kernel
+        assert kernel["loads"]["128"] > 0, kernel
+        assert set(kernel["loads"]) <= {"128", *NARROW}, kernel
+
+
+def test_the_widest_rows_of_a_hopper():
+    kernels = compiled("--arch", "90", "--width", "7168")
+    assert {kernel["kernel"] for kernel in kernels} == {
+        "read_forward_kernel",
+        "read_backward_kernel",
+        "logit_kernel",
+        "mix_kernel",
+        "scalars_kernel",
+        "rows_kernel",
+        "merge_forward_kernel",
+        "merge_backward_kernel",
+    }
+    check(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_every_shipped_configuration(arch):
+    check(compiled("--arch", arch))
