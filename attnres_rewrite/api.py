@@ -17,7 +17,9 @@ from attnres_rewrite.capture import capture
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
+from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import plain_inputs
+from attnres_rewrite.kernels.routes import why_no_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
@@ -220,8 +222,15 @@ def insert_planned(planned: Planned, config: AttnResConfig) -> Inserted:
 def _report(
     model: Model, config: AttnResConfig, captured: Captured, own: Planned, inserted: Inserted, seconds: float
 ) -> RewriteReport:
-    streams = [describe_stream(plan, inserted.groups, inserted.fused) for plan in own.plans]
+    streams = [describe_stream(plan, inserted.groups, inserted.fused, _why_no_kernel(plan)) for plan in own.plans]
     return report_from(_name_of(model), config, captured, streams, own.search.left_alone, seconds)
+
+
+def _why_no_kernel(plan: BlockPlan) -> str | None:
+    root = tensor_of(plan.stream.root)
+    assert root is not None
+    most = max((read.num_sources for read in plan.reads), default=0)
+    return why_no_kernel(root.device, plan.stream.dtype, most, plan.stream.width)
 
 
 def _with_copied_parameters(captured: Captured) -> fx.GraphModule:

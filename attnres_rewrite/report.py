@@ -37,6 +37,7 @@ class StreamReport:
     blocks: tuple[tuple[int, int], ...]
     reads: tuple[ReadReport, ...]
     groups: tuple[ReadGroup, ...]
+    runs_as: str  # "Triton kernels", or "plain PyTorch (cpu)" with the reason in parentheses
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,9 @@ def describe_config(config: AttnResConfig) -> dict[str, Any]:
     return asdict(config) | {"param_dtype": None if dtype is None else dtype_name(dtype)}
 
 
-def describe_stream(plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequence[FusedRead]) -> StreamReport:
+def describe_stream(
+    plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequence[FusedRead], why_no_kernel: str | None
+) -> StreamReport:
     """Return the facts of one planned stream; `groups` and `fused` are those of all streams."""
     stream = plan.stream
     names = {read.name for read in plan.reads}
@@ -150,6 +153,7 @@ def describe_stream(plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequenc
             for read in plan.reads
         ),
         groups=own,
+        runs_as="Triton kernels" if why_no_kernel is None else f"plain PyTorch ({why_no_kernel})",
     )
 
 

@@ -149,7 +149,7 @@ def _stream_line(stream: "StreamReport") -> Text:
 
 def _blocks_line(stream: "StreamReport") -> str:
     spans = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in stream.blocks)
-    return f"{_many(len(stream.blocks), 'block')} of updates: {spans}"
+    return f"{_many(len(stream.blocks), 'block')} of updates: {spans}; reads run as {stream.runs_as}"
 
 
 def _reads_table(stream: "StreamReport") -> Table:

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from attnres_rewrite.kernels.checks import MAX_SOURCES, MAX_WIDTH
+
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _HAS_TRITON = find_spec("triton") is not None
 _counts: Counter[str] = Counter()
@@ -52,14 +54,24 @@ def runs_triton(operation: str, tensors: Sequence[Tensor]) -> bool:
 def why_not_triton(tensors: Sequence[Tensor]) -> str | None:
     """Return why the kernels cannot take these tensors [..., D] of one dtype and device, or None."""
     first = tensors[0]
-    if not first.is_cuda:
-        return first.device.type
+    reason = why_no_kernel(first.device, first.dtype, len(tensors), first.shape[-1])
+    if reason is None and any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in tensors):
+        return "the channels of a tensor are not contiguous"
+    return reason
+
+
+def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, width: int) -> str | None:
+    """Return why no kernel mixes `num_sources` tensors of `width` channels on this device in this dtype, or None."""
+    if device.type != "cuda":
+        return device.type
     if not _HAS_TRITON:
         return "triton is not installed"
-    if first.dtype not in _KERNEL_DTYPES:
-        return str(first.dtype).removeprefix("torch.")
-    if any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in tensors):
-        return "the channels of a tensor are not contiguous"
+    if dtype not in _KERNEL_DTYPES:
+        return str(dtype).removeprefix("torch.")
+    if num_sources > MAX_SOURCES:
+        return f"{num_sources} sources, kernels take {MAX_SOURCES}"
+    if width > MAX_WIDTH:
+        return f"{width} channels, kernels take {MAX_WIDTH}"
     return None
 
 

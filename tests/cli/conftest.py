@@ -95,7 +95,9 @@ def report(passing) -> RewriteReport:
         model="Tiny",
         config={"num_blocks": 2, "output": "sum", "param_dtype": None},
         capture=CaptureReport("torch.export(strict=False)", ("eval",), 42, (FixedDim("x", 1, 5),), 0.25),
-        streams=(StreamReport("stream", 8, "float32", 3, {"residual": 3}, ((1, 2), (3, 3)), reads, groups),),
+        streams=(
+            StreamReport("stream", 8, "float32", 3, {"residual": 3}, ((1, 2), (3, 3)), reads, groups, "Triton kernels"),
+        ),
         left_alone=(
             LeftAlone("add", "tiny.py:3", "", "it adds [bold] a bias"),
             LeftAlone("add_1", "tiny.py:4", "layers.0", "it adds [bold] a bias"),

@@ -24,7 +24,7 @@ def test_a_report_in_a_pipe(report, capsys):
         "  passes    0.01 s",
         "",
         "stream  width 8, float32, 3 updates (3 residual)",
-        "  2 blocks of updates: 1-2, 3",
+        "  2 blocks of updates: 1-2, 3; reads run as Triton kernels",
         "  state  sources  read by        add at      query                      schedule   in one pass with",
         "  1      2        layers.1[red]  tiny.py:12  layers.1.attn_res.0.query  two_phase  add, rms norm",
         "  3      3        (the model)    ?           attn_res.0.query           direct     -",

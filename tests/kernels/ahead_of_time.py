@@ -1,10 +1,11 @@
 """Compile every kernel, as it is launched, for GPUs that are not here; print registers, stack and load widths.
 
     python -m tests.kernels.ahead_of_time [--arch 80,90,100] [--width 768,...] [--operation read] [--jobs 2]
+                                          [--table docs/kernels.md] [--from RESULT.jsonl]
 
 The operations run on CPU tensors with a driver that names another target, and each launch compiles instead of running:
-what is measured is the very configuration that is shipped. One JSON line for each kernel. TRITON_INTERPRET must not
-be set.
+what is measured is the very configuration that is shipped. One JSON line for each kernel; --table writes them as a
+page, --from reads lines printed before instead of compiling. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -50,6 +51,7 @@ class Compiled:
     spills: int
     loads: dict[str, int]
     num_warps: int
+    operation: str
 
 
 class _OtherDriver:
@@ -142,10 +144,10 @@ def measured(case: tuple[str, int, int, int]) -> list[Compiled]:
     """Compile one operation for one architecture, width and number of sources."""
     operation, arch, width, num_sources = case
     kernels = compiled_for(arch, lambda: OPERATIONS[operation](width, num_sources))
-    return [_measured(kernel, arch, width, num_sources) for kernel in kernels]
+    return [_measured(kernel, *case) for kernel in kernels]
 
 
-def _measured(kernel: Any, arch: int, width: int, num_sources: int) -> Compiled:
+def _measured(kernel: Any, operation: str, arch: int, width: int, num_sources: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -163,6 +165,7 @@ def _measured(kernel: Any, arch: int, width: int, num_sources: int) -> Compiled:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         loads={width: widths.count(width) for width in sorted(set(widths))},
         num_warps=kernel.metadata.num_warps,
+        operation=operation,
     )
 
 
@@ -185,13 +188,51 @@ def main() -> None:
     parser.add_argument("--width", type=numbers, default=list(WIDTHS))
     parser.add_argument("--operation", action="append", choices=list(OPERATIONS))
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--table", type=Path)
+    parser.add_argument("--from", type=Path, dest="lines")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    todo = list(cases(options.operation or list(OPERATIONS), options.arch, options.width))
-    with get_context("fork").Pool(options.jobs) as pool:
-        for found in pool.imap(measured, todo):
-            for kernel in found:
-                print(json.dumps(asdict(kernel)), flush=True)
+    rows: list[dict[str, Any]] = []
+    if options.lines:
+        rows = [json.loads(line) for line in options.lines.read_text().splitlines()]
+    else:
+        todo = list(cases(options.operation or list(OPERATIONS), options.arch, options.width))
+        with get_context("fork").Pool(options.jobs) as pool:
+            for found in pool.imap(measured, todo):
+                rows += map(asdict, found)
+                for kernel in found:
+                    print(json.dumps(asdict(kernel)), flush=True)
+    if options.table:
+        options.table.write_text(page(rows))
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return the registers of each kernel, the most over the numbers of sources, as a Markdown page."""
+    archs, widths = (sorted({row[key] for row in rows}) for key in ("arch", "width"))
+    lines = [
+        "# Kernels",
+        "",
+        "What every shipped configuration compiles to, bfloat16 rows, 2, 5 and 9 sources, 6 queries, without a GPU:",
+        "`python -m tests.kernels.ahead_of_time --table docs/kernels.md`",
+        f"(triton {triton.__version__}). {len(rows)} compilations,",
+        f"{sum(row['spills'] > 0 for row in rows)} with spills,",
+        f"{sum(row['stack'] > 0 for row in rows)} with a stack,",
+        f"{sum('128' not in row['loads'] for row in rows)} without 128-bit loads of rows.",
+        "",
+        "Registers a thread at D = " + ", ".join(map(str, widths)) + "; warps in brackets.",
+        "",
+        "| operation | kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "|---" * (len(archs) + 2) + "|",
+    ]
+    for operation, kernel in dict.fromkeys((row["operation"], row["kernel"]) for row in rows):
+        cells: list[str] = []
+        for arch in archs:
+            own = [row for row in rows if (row["operation"], row["kernel"], row["arch"]) == (operation, kernel, arch)]
+            most = [max(row["registers"] for row in own if row["width"] == width) for width in widths]
+            warps = sorted({row["num_warps"] for row in own})
+            cells.append(", ".join(map(str, most)) + f" ({', '.join(map(str, warps))})")
+        lines.append(f"| {operation} | `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
