@@ -38,6 +38,8 @@ def match_norm(value: fx.Node) -> Norm | str:
         found = _written_out(value, readers)
     if isinstance(found, str):
         return found
+    if any(node is not None and not is_of_parameters(node) for node in (found.weight, found.bias)):
+        return "its weight or bias is worked out from activations"
     before, after = tensor_of(value), tensor_of(found.end)
     if before is None or after is None or (before.dtype, before.shape) != (after.dtype, after.shape):
         return "the norm returns another dtype than it reads"
@@ -63,6 +65,8 @@ def _own_norm(value: fx.Node, norm: fx.Node) -> Norm | str:
 def _written_out(value: fx.Node, readers: Sequence[fx.Node]) -> Norm | str:
     used = [reader for reader in readers if not _asks_for_dtype(reader, value)]
     wide = used[0] if len(used) == 1 and _is_cast(used[0], value) else value
+    if not _is_as_precise(wide, value):
+        return "the norm works in a lower precision than it reads"
     inside = [reader for reader in readers_of(wide) if not _asks_for_dtype(reader, wide)]
     squares = [reader for reader in inside if _is_square(reader, wide)]
     if len(squares) != 1:
@@ -74,7 +78,12 @@ def _written_out(value: fx.Node, readers: Sequence[fx.Node]) -> Norm | str:
     if mean is None or shifted is None or rstd is None or scaled is None or set(inside) != {squares[0], scaled}:
         return _why_no_norm(used)
     eps = shifted.args[1]
-    if not isinstance(eps, float) or not _over_channels(mean, wide) or set(scaled.all_input_nodes) != {wide, rstd}:
+    if (
+        not isinstance(eps, float)
+        or shifted.kwargs
+        or not _over_channels(mean, wide)
+        or set(scaled.all_input_nodes) != {wide, rstd}
+    ):
         return _why_no_norm(used)
     tail, weight = _tail(scaled, value, wide)
     if not {*readers_of(value), *readers_of(wide)} <= {wide, squares[0], scaled, *tail}:
@@ -135,6 +144,11 @@ def _tail(scaled: fx.Node, value: fx.Node, wide: fx.Node) -> tuple[list[fx.Node]
     while tail and not _same_dtype(tail[-1], value):
         del tail[-1], factors[-1]
     return tail, next((factor for factor in factors if factor is not None), None)
+
+
+def _is_as_precise(one: fx.Node, other: fx.Node) -> bool:
+    left, right = tensor_of(one), tensor_of(other)
+    return left is not None and right is not None and torch.promote_types(left.dtype, right.dtype) == left.dtype
 
 
 def _same_dtype(one: fx.Node, other: fx.Node) -> bool:

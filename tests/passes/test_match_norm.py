@@ -112,6 +112,16 @@ def test_what_is_no_norm_of_the_value_alone(step, reason):
     assert reason in found
 
 
+def test_a_weight_made_of_activations_is_left_alone():
+    found, _ = matched(lambda x, w: F.layer_norm(x, (WIDTH,), torch.sigmoid(w) * 2))
+    assert found == "its weight or bias is worked out from activations"
+
+
+def test_a_norm_in_lower_precision_is_left_alone():
+    found, _ = matched(llama, torch.float64)
+    assert found == "the norm works in a lower precision than it reads"
+
+
 def test_a_result_in_another_dtype_is_left_alone():
     found, _ = matched(lambda x, w: w.float() * llama(x, w).float(), torch.bfloat16)
     assert isinstance(found, Norm)  # the norm ends before the cast
