@@ -56,7 +56,7 @@ def scalars_kernel(
     inside = (n < N)[None, :] & (q < Q)[:, None]
     weight, logit, _, _ = softmax_of_token(logit_TNQ, t, n, q, N, Q)
     pull = tl.sum(weight * dots, 1)
-    dlse = tl.load(dlse_QT + q * num_tokens + t, q < Q, 0.0)
+    dlse = tl.load(dlse_QT + q.to(tl.int64) * num_tokens + t, q < Q, 0.0)
     rstd = tl.load(rstd_TN + t * N + n, n < N, 0.0)
     z = weight * (dots + (dlse - pull)[:, None]) * rstd[None, :]
     c = tl.sum(z * logit, 0) * rstd / D

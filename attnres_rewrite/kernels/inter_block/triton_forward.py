@@ -92,7 +92,7 @@ def mix_kernel(
     n, q = tl.arange(0, BN), tl.arange(0, BQ)
     weight, _, top, total = softmax_of_token(logit_TNQ, t, n, q, N, Q)
     if tl.program_id(1) == 0:
-        tl.store(lse_QT + q * num_tokens + t, top + tl.log(total), q < Q)
+        tl.store(lse_QT + q.to(tl.int64) * num_tokens + t, top + tl.log(total), q < Q)
     row = pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK)
     out = pick_each(outs, q, Q, 1, 0) + t * D
     for chunk in tl.range(0, chunks_per_program):

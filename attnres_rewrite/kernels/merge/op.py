@@ -15,9 +15,6 @@ from attnres_rewrite.kernels.merge import reference
 from attnres_rewrite.kernels.probes import probe_of
 from attnres_rewrite.kernels.routes import runs_triton
 
-# float32 scalars a token that the backward needs: rstd and logit of the partial; rstd and mean of the norm
-NUM_STATS = {"none": 2, "rms": 3, "layer": 4}
-
 
 @fx.wrap
 def merge(
@@ -97,7 +94,7 @@ def _merge(
     eps: float,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the new partial sum [..., D], the mix [..., D] and scalars [K, T]; see triton_forward.merge_forward.
+    """Return the new partial sum [..., D], the mix [..., D] and scalars [T, 4]; see triton_forward.merge_forward.
 
     Without an update the first is empty: an op must not return its input.
     """
@@ -110,8 +107,8 @@ def _merge(
 def _(partial: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty(partial.shape, dtype=partial.dtype, device=partial.device)
     total = partial.new_empty(0) if update is None else torch.empty_like(out)
-    probe, norm = arguments[2], arguments[5]
-    return total, out, probe.new_empty(NUM_STATS[norm], partial.shape[:-1].numel())
+    probe = arguments[2]
+    return total, out, probe.new_empty(partial.shape[:-1].numel(), 4)
 
 
 @torch.library.custom_op("attnres::merge_backward", mutates_args=())

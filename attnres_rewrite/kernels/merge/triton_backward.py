@@ -33,13 +33,13 @@ def tile_of(index, t, d, sizes, strides, RANK: tl.constexpr):
 
 
 @triton.jit
-def normalised(p, o, share, rest, stats_KT, t, num_tokens, NORM: tl.constexpr):
+def normalised(p, o, share, rest, stats_T4, t, num_tokens, NORM: tl.constexpr):
     """Make the normalised mix [BT, BD] again; `share` and `rest` hold the factor. Also return the rstd of the norm."""
     here = t < num_tokens
-    norm_rstd = tl.load(stats_KT + 2 * num_tokens + t, here, 0.0)
+    norm_rstd = tl.load(stats_T4 + 4 * t + 2, here, 0.0)
     mix = rest[:, None] * o + share[:, None] * p
     if NORM == "layer":
-        mix -= tl.load(stats_KT + 3 * num_tokens + t, here, 0.0)[:, None]
+        mix -= tl.load(stats_T4 + 4 * t + 3, here, 0.0)[:, None]
     return mix * norm_rstd[:, None], norm_rstd
 
 
@@ -62,7 +62,7 @@ def through_norm(g, y, between, norm_rstd, D: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def merge_backward_kernel(
     total, inter_out, strides, sizes,  # two rows [T, D] of any strides
-    grad_total_TD, grad_TD, lse_T, stats_KT, probe_D, weight_D,  # contiguous; grad_total and weight may be None
+    grad_total_TD, grad_TD, lse_T, stats_T4, probe_D, weight_D,  # contiguous; grad_total and weight may be None
     dtotal_TD, dinter_TD, dlse_T, dvectors_PKD,
     num_tokens, tiles_per_program, factor,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, K: tl.constexpr, RELOAD: tl.constexpr,
@@ -81,14 +81,14 @@ def merge_backward_kernel(
         o = tl.load(inter_out + tile_of(1, t, d, sizes, strides, RANK), inside, 0.0).to(tl.float32)
         g = tl.load(grad_TD + rows, inside, 0.0).to(tl.float32)
         lse = tl.load(lse_T + t, here, 0.0)
-        rstd, logit = tl.load(stats_KT + t, here, 0.0), tl.load(stats_KT + num_tokens + t, here, 0.0)
+        rstd, logit = tl.load(stats_T4 + 4 * t, here, 0.0), tl.load(stats_T4 + 4 * t + 1, here, 0.0)
         share, rest = factor * tl.sigmoid(logit - lse), factor * tl.sigmoid(lse - logit)
         if HAS_BIAS:
             dbias += tl.sum(g, 0)
         if NORM == "none":
             slope = tl.sum(g * (p - o), 1)
         else:
-            y, norm_rstd = normalised(p, o, share, rest, stats_KT, t, num_tokens, NORM)
+            y, norm_rstd = normalised(p, o, share, rest, stats_T4, t, num_tokens, NORM)
             if weight_D is not None:
                 dweight += tl.sum(g * y, 0)
                 g *= tl.load(weight_D + d, d < D, 0.0).to(tl.float32)[None, :]

@@ -1,6 +1,6 @@
 """The forward kernel of phase 2: add, merge and normalise in one read of every row.
 
-p and o are the rows of the new partial sum and of inter_out; scalars are kept for the backward as stats [K, T].
+p and o are the rows of the new partial sum and of inter_out; scalars are kept for the backward as stats [T, 4].
 """
 
 import torch
@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnres_rewrite.kernels.merge.op import NUM_STATS
 from attnres_rewrite.kernels.routes import count
 from attnres_rewrite.kernels.rows import rows_of, whole_rows
 from attnres_rewrite.kernels.triton_rows import row_starts
@@ -18,7 +17,7 @@ from attnres_rewrite.kernels.triton_rows import row_starts
 def merge_forward_kernel(
     partial, inter_out, update, strides, sizes,  # NUM rows [T, D] of any strides; update may be None
     lse_T, probe_D, weight_D, bias_D,  # weight and bias may be None
-    total_TD, out_TD, stats_KT,  # contiguous
+    total_TD, out_TD, stats_T4,  # contiguous
     num_tokens, eps, norm_eps, factor,
     NORM: tl.constexpr, NUM: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -46,17 +45,18 @@ def merge_forward_kernel(
     # 1 - share would lose a rest that is small
     share, rest = tl.sigmoid(logit - lse), tl.sigmoid(lse - logit)
     mix = (factor * rest)[:, None] * o + (factor * share)[:, None] * p
-    tl.store(stats_KT + t, rstd, here)
-    tl.store(stats_KT + num_tokens + t, logit, here)
+    tl.store(stats_T4 + 4 * t, rstd, here)
+    tl.store(stats_T4 + 4 * t + 1, logit, here)
 
+    norm_rstd, mean = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
     if NORM == "layer":
         mean = tl.sum(mix, 1) / D
         mix = tl.where(inside, mix - mean[:, None], 0.0)
-        tl.store(stats_KT + 3 * num_tokens + t, mean, here)
     if NORM != "none":
         norm_rstd = tl.rsqrt(tl.sum(mix * mix, 1) / D + norm_eps)
         mix = mix * norm_rstd[:, None]
-        tl.store(stats_KT + 2 * num_tokens + t, norm_rstd, here)
+    tl.store(stats_T4 + 4 * t + 2, norm_rstd, here)
+    tl.store(stats_T4 + 4 * t + 3, mean, here)
     if weight_D is not None:
         mix *= tl.load(weight_D + d, d < D, 0.0).to(tl.float32)[None, :]
     if bias_D is not None:
@@ -72,14 +72,14 @@ def merge_forward(
 
     Returns:
         The new partial sum [..., D], or an empty tensor without an update; the mix times `factor`, normed [..., D];
-        float32 [K, T]: rstd of the partial sum, its logit, and of the norm rstd and mean, where it has them.
+        float32 [T, 4]: rstd of the partial sum, its logit, and of the norm rstd and mean, zero where it has none.
     """
     inputs = [partial, inter_out] if update is None else [partial, inter_out, update]
     rows, width = rows_of(inputs), partial.shape[-1]
     tile = whole_rows(width)
     out = torch.empty(partial.shape, dtype=partial.dtype, device=partial.device)
     total = partial.new_empty(0) if update is None else torch.empty_like(out)
-    stats = probe.new_empty(NUM_STATS[norm], rows.num_rows)
+    stats = probe.new_empty(rows.num_rows, 4)
     if rows.num_rows:
         count("merge.forward" if norm == "none" else "add_merge_norm.forward")
         merge_forward_kernel[(triton.cdiv(rows.num_rows, tile.BT),)](

@@ -41,13 +41,13 @@ def read_by_kernel(
     """Return the mix [..., D] and the softmax weights [..., S], float32 and detached, from the Triton kernel."""
     factor = float(len(sources)) if output == "sum" else 1.0
     out, _, logit = torch.ops.attnres.read(list(sources), probe_of(query, key_norm), eps, factor)
-    weights = torch.softmax(logit.detach(), 0).t().reshape(*out.shape[:-1], len(sources))
+    weights = torch.softmax(logit.detach(), -1).reshape(*out.shape[:-1], len(sources))
     return out, weights
 
 
 @torch.library.custom_op("attnres::read", mutates_args=())
 def read(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mix [..., D], rstd [S, T] and logits [S, T]; see triton_forward.read_forward."""
+    """Return the mix [..., D], rstd [T, S] and logits [T, S]; see triton_forward.read_forward."""
     from attnres_rewrite.kernels.read.triton_forward import read_forward
 
     return read_forward(sources, probe, eps, factor)
@@ -56,7 +56,7 @@ def read(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tup
 @read.register_fake
 def _(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, ...]:
     num_tokens = sources[0].shape[:-1].numel()
-    scalars = probe.new_empty(len(sources), num_tokens)
+    scalars = probe.new_empty(num_tokens, len(sources))
     out = torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probe.device)
     return out, scalars, torch.empty_like(scalars)
 

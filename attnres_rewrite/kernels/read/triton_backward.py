@@ -22,7 +22,7 @@ from attnres_rewrite.kernels.triton_rows import pick, row_starts
 @triton.jit
 def read_backward_kernel(
     sources, strides, sizes, probe_D,  # S rows [T, D] of any strides
-    grad_TD, rstd_ST, logit_ST,
+    grad_TD, rstd_TS, logit_TS,
     dsources, dprobe_PD,  # contiguous
     num_tokens, tiles_per_program, factor,
     S: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
@@ -41,7 +41,7 @@ def read_backward_kernel(
         top = tl.full([BT], float("-inf"), tl.float32)
         total = tl.zeros([BT], tl.float32)
         for s in tl.range(0, S):
-            logit = tl.load(logit_ST + s * num_tokens + t, here, 0.0)
+            logit = tl.load(logit_TS + t * S + s, here, 0.0)
             new_top = tl.maximum(top, logit)
             total = total * tl.exp(top - new_top) + tl.exp(logit - new_top)
             top = new_top
@@ -50,14 +50,14 @@ def read_backward_kernel(
         for s in tl.range(0, S):
             start = row_starts(t, s, sizes, strides, S, RANK)
             value = tl.load(pick(sources, s, S, 1, 0) + start[:, None] + d[None, :], inside, 0.0).to(tl.float32)
-            weight = tl.exp(tl.load(logit_ST + s * num_tokens + t, here, 0.0) - top) / total
+            weight = tl.exp(tl.load(logit_TS + t * S + s, here, 0.0) - top) / total
             pull += weight * tl.sum(grad * value, 1)
 
         for s in tl.range(0, S):
             start = row_starts(t, s, sizes, strides, S, RANK)
             value = tl.load(pick(sources, s, S, 1, 0) + start[:, None] + d[None, :], inside, 0.0).to(tl.float32)
-            rstd = tl.load(rstd_ST + s * num_tokens + t, here, 0.0)
-            logit = tl.load(logit_ST + s * num_tokens + t, here, 0.0)
+            rstd = tl.load(rstd_TS + t * S + s, here, 0.0)
+            logit = tl.load(logit_TS + t * S + s, here, 0.0)
             weight = tl.exp(logit - top) / total
             dscaled = weight * (tl.sum(grad * value, 1) - pull) * rstd
             dprobe += tl.sum(tl.where(here[:, None], dscaled[:, None] * value, 0.0), 0)

@@ -15,7 +15,7 @@ from attnres_rewrite.kernels.triton_rows import pick, row_starts
 @triton.jit
 def read_forward_kernel(
     sources, strides, sizes, probe_D,  # S rows [T, D] of any strides
-    out_TD, rstd_ST, logit_ST,  # contiguous
+    out_TD, rstd_TS, logit_TS,  # contiguous
     num_tokens, eps, factor,
     S: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -39,8 +39,8 @@ def read_forward_kernel(
         total = total * shrink + weight
         mixed = mixed * shrink[:, None] + weight[:, None] * value
         top = new_top
-        tl.store(rstd_ST + s * num_tokens + t, rstd, here)
-        tl.store(logit_ST + s * num_tokens + t, logit, here)
+        tl.store(rstd_TS + t * S + s, rstd, here)
+        tl.store(logit_TS + t * S + s, logit, here)
     mixed = mixed * (factor / total)[:, None]
     tl.store(out_TD + t[:, None] * D + d[None, :], mixed.to(out_TD.dtype.element_ty), inside)
 
@@ -49,12 +49,12 @@ def read_forward(sources: Sequence[Tensor], probe: Tensor, eps: float, factor: f
     """Launch the kernel on S sources [..., D] and a float32 probe [D].
 
     Returns:
-        The mix times `factor` [..., D]; float32 rstd [S, T] and logits [S, T] for the backward.
+        The mix times `factor` [..., D]; float32 rstd [T, S] and logits [T, S] for the backward.
     """
     rows, width = rows_of(sources), sources[0].shape[-1]
     tile = whole_rows(width)
     out = torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probe.device)
-    rstd, logit = (probe.new_empty(len(sources), rows.num_rows) for _ in range(2))
+    rstd, logit = (probe.new_empty(rows.num_rows, len(sources)) for _ in range(2))
     if rows.num_rows:
         count("read.forward")
         read_forward_kernel[(triton.cdiv(rows.num_rows, tile.BT),)](
