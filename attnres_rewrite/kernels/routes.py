@@ -39,9 +39,12 @@ def count(name: str) -> None:
     _counts[name] += 1
 
 
-def runs_triton(operation: str, tensors: Sequence[Tensor]) -> bool:
-    """Say whether the Triton kernels take these tensors [..., D]; count and warn when a GPU runs plain PyTorch."""
-    reason = why_not_triton(tensors)
+def runs_triton(operation: str, tensors: Sequence[Tensor], update: Tensor | None = None) -> bool:
+    """Say whether the Triton kernels take these tensors [..., D]; count and warn when a GPU runs plain PyTorch.
+
+    The tensors must be of one dtype; an `update` that is added to them may have another, as under autocast.
+    """
+    reason = why_not_triton(tensors, update)
     if reason is None:
         return True
     if not torch.compiler.is_compiling():
@@ -51,13 +54,18 @@ def runs_triton(operation: str, tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def why_not_triton(tensors: Sequence[Tensor]) -> str | None:
-    """Return why the kernels cannot take these tensors [..., D] of one dtype and device, or None."""
+def why_not_triton(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
+    """Return why the kernels cannot take these tensors [..., D], or None."""
     first = tensors[0]
     reason = why_no_kernel(first.device, first.dtype, len(tensors), first.shape[-1])
-    if reason is None and any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in tensors):
+    if reason is not None:
+        return reason
+    if any(tensor.dtype != first.dtype for tensor in tensors):
+        return "the tensors have several dtypes"
+    added = [] if update is None else [update]
+    if any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in (*tensors, *added)):
         return "the channels of a tensor are not contiguous"
-    return reason
+    return None
 
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, width: int) -> str | None:

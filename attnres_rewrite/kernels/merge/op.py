@@ -42,8 +42,8 @@ def add_merge_norm(
     norm: str,
 ) -> tuple[Tensor, Tensor]:
     """Add, merge and normalise; see reference.add_merge_norm for the formula, shapes and dtypes."""
-    rows = [partial, inter_out] if update is None else [partial, inter_out, update]
-    run = add_merge_norm_by_kernel if runs_triton("add_merge_norm", rows) else reference.add_merge_norm
+    by_kernel = runs_triton("add_merge_norm", [partial, inter_out], update)
+    run = add_merge_norm_by_kernel if by_kernel else reference.add_merge_norm
     return run(partial, update, inter_out, lse, query, key_norm, norm_weight, norm_bias, norm_eps, eps, factor, norm)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from attnres_rewrite.kernels.merge import op, reference
 from attnres_rewrite.kernels.routes import launches, reset_launches
-from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn
+from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn, run
 
 # one stress a case: odd D, leading dimensions, a row as wide as a big model's, no tokens, one token, many tokens.
 # The gradient of lse has one value a token: fewer tokens would compare the luck of a few roundings
@@ -219,3 +219,19 @@ def test_a_gpu_runs_the_kernels():
     op.merge(*inputs_of(20, (4,), torch.float32), 1e-6, 9.0)
     fused(op.add_merge_norm)(fused_inputs_of(20, (4,), torch.float32))
     assert launches() == {"merge.forward": 1, "add_merge_norm.forward": 1}
+
+
+def test_an_update_of_autocast_has_another_dtype():
+    """The partial sum keeps its own; the update's gradient comes back in the update's."""
+    partial, inter_out = (drawn(6, 20, seed=seed) for seed in range(2))
+    update, lse, query = drawn(6, 20, dtype=torch.float16, seed=2), drawn(6, seed=3), drawn(20, seed=4)
+    inputs = [partial, update, inter_out, lse, query]
+
+    def through(operation):
+        return lambda given: list(operation(*given, None, None, None, 1e-6, 1e-6, 2.0, "rms"))
+
+    ours, theirs = (
+        run(through(operation), inputs) for operation in (op.add_merge_norm_by_kernel, reference.add_merge_norm)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
