@@ -59,6 +59,7 @@ def _mixes(sources: list[Tensor], probes: Tensor, eps: float) -> tuple[list[Tens
     # their gradient is part of that of the mixes: one backward reads the sources once for both
     rstd, logit = torch.ops.attnres.inter_logits([source.detach() for source in sources], probes.detach(), eps)
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # checkpoint is declared to return one tensor; it returns what its function does
         return checkpoint(torch.ops.attnres.inter_block, sources, probes, rstd, logit, use_reentrant=False)  # type: ignore[return-value]
     return torch.ops.attnres.inter_block(sources, probes, rstd, logit)
 

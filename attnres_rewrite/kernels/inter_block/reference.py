@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnres_rewrite.kernels.mixing import mix_of
+
 
 def inter_block(
     sources: Sequence[Tensor], queries: Sequence[Tensor], key_norms: Sequence[Tensor] | None = None, eps: float = 1e-6
@@ -37,14 +39,7 @@ def inter_block(
     for position, query in enumerate(queries):
         probe = query.to(work) if key_norms is None else query.to(work) * key_norms[position].to(work)
         logits = [(value * probe).sum(-1, keepdim=True) * rstd for value, rstd in zip(values, rstds, strict=True)]
-        top = logits[0]
-        for logit in logits[1:]:
-            top = torch.maximum(top, logit)
-        weights = [torch.exp(logit - top) for logit in logits]
-        total, mixed = weights[0], weights[0] * values[0]
-        for weight, value in zip(weights[1:], values[1:], strict=True):
-            total = total + weight
-            mixed = mixed + weight * value
+        mixed, total, top = mix_of(logits, values)
         outs.append((mixed / total).to(sources[0].dtype))
         lses.append((top + torch.log(total)).squeeze(-1))
     return outs, lses

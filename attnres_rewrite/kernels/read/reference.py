@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnres_rewrite.kernels.mixing import mix_of
+
 
 def block_attn_res(
     sources: Sequence[Tensor],
@@ -36,14 +38,7 @@ def block_attn_res(
         The mix [..., D] in the dtype of the sources, cast once.
     """
     values, logits = _values_and_logits(sources, query, key_norm, eps)
-    top = logits[0]
-    for logit in logits[1:]:
-        top = torch.maximum(top, logit)
-    weights = [torch.exp(logit - top) for logit in logits]
-    total, mixed = weights[0], weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight
-        mixed = mixed + weight * value
+    mixed, total, _ = mix_of(logits, values)
     factor = len(sources) if output == "sum" else 1
     return (mixed * (factor / total)).to(sources[0].dtype)
 
