@@ -2,6 +2,8 @@
 
 from attnres_rewrite.api import inspect, rewrite, verify
 from attnres_rewrite.artifact import load, save
+from attnres_rewrite.attachment import attach, attnres_parameters, detach, original
+from attnres_rewrite.backend import reset_stats, stats
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     AlreadyRewrittenError,
@@ -11,10 +13,13 @@ from attnres_rewrite.errors import (
     ModelSpecError,
     ModeMismatchError,
     NoStreamError,
+    NotAttachedError,
+    NotCompiledError,
     ParallelStreamsError,
     PostNormError,
     ProofError,
     RewriteError,
+    StreamMismatchError,
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
@@ -31,17 +36,26 @@ __all__ = [
     "ModeMismatchError",
     "ModelSpecError",
     "NoStreamError",
+    "NotAttachedError",
+    "NotCompiledError",
     "ParallelStreamsError",
     "PostNormError",
     "ProofError",
     "RewriteError",
     "RewriteReport",
     "RewrittenModule",
+    "StreamMismatchError",
     "UnpreservedReadError",
     "VerifyReport",
+    "attach",
+    "attnres_parameters",
+    "detach",
     "inspect",
     "load",
+    "original",
+    "reset_stats",
     "rewrite",
     "save",
+    "stats",
     "verify",
 ]

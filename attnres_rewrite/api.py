@@ -117,9 +117,17 @@ def inspect(
     say("find the stream, plan the blocks, schedule the reads")
     start = time.perf_counter()
     own = plan_program(captured.programs[captured.training], config)
+    return report_plans(model, config, captured, own, start)
+
+
+def report_plans(
+    model: Model, config: AttnResConfig, captured: Captured, own: "Planned", start: float | None = None
+) -> RewriteReport:
+    """Rewrite the captured program and say what became of it; the model is not changed."""
+    begun = time.perf_counter() if start is None else start
     add_parameters(own.program, own.plans, config)
     inserted = insert_planned(own, config)
-    return _report(model, config, captured, own, inserted, time.perf_counter() - start)
+    return _report(model, config, captured, own, inserted, time.perf_counter() - begun)
 
 
 def verify(
@@ -213,10 +221,17 @@ def insert_planned(planned: Planned, config: AttnResConfig) -> Inserted:
     """Rewrite the program; keep a copy of its graph, with the plans on it, for the proofs."""
     original, copies = copy_graph(planned.program.graph)
     kept = tuple(map_plan(plan, copies) for plan in planned.plans)
-    insert_reads(planned.program, planned.plans, config)
-    groups = schedule_reads(planned.program.graph, config.schedule)
-    fused = fuse_reads(planned.program.graph)
+    groups, fused = put_reads_in(planned.program, planned.plans, config)
     return Inserted(Program(planned.program.graph, original, kept), groups, fused)
+
+
+def put_reads_in(
+    program: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnResConfig
+) -> tuple[tuple[ReadGroup, ...], tuple[FusedRead, ...]]:
+    """Run the passes behind the plan: the graph of `program` is rewritten, its code is not generated anew."""
+    insert_reads(program, plans, config)
+    groups = schedule_reads(program.graph, config.schedule)
+    return groups, fuse_reads(program.graph)
 
 
 def _report(

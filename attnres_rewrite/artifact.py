@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.config import config_from
 from attnres_rewrite.errors import ArtifactError, explain
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
@@ -251,7 +251,7 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     inputs = safetensors.torch.load_file(path / "inputs.safetensors")
     leaves = [inputs.get(str(index), value) for index, value in enumerate(facts["inputs"])]
     example = _example_inputs(programs[0].original, leaves)
-    return RewrittenModule(tree, modes, header["training"], _config_from(header["config"]), report, example)
+    return RewrittenModule(tree, modes, header["training"], config_from(header["config"]), report, example)
 
 
 def _import_output_classes(facts: Mapping[str, Any]) -> None:
@@ -294,12 +294,6 @@ def _holder(tree: nn.Module, name: str) -> nn.Module:
             module.add_module(part, nn.Module())
         module = attribute(module, part)
     return module
-
-
-def _config_from(data: Mapping[str, Any]) -> AttnResConfig:
-    dtype = data["param_dtype"]
-    fields: dict[str, Any] = {**data, "param_dtype": None if dtype is None else getattr(torch, dtype)}
-    return AttnResConfig(**fields)
 
 
 def _example_inputs(graph: fx.Graph, leaves: list[Any]) -> ExampleInputs:

@@ -1,7 +1,8 @@
 """Every choice of a rewrite and its default, once."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -59,6 +60,28 @@ class AttnResConfig:
             raise ValueError(f"eps={self.eps!r} must be positive: a source may be zero")
         if self.param_dtype is not None and not self.param_dtype.is_floating_point:
             raise ValueError(f"param_dtype={self.param_dtype} is not a floating-point dtype")
+
+
+def describe_config(config: AttnResConfig) -> dict[str, Any]:
+    """Return the fields of `config` as JSON-ready values."""
+    dtype = config.param_dtype
+    return asdict(config) | {"param_dtype": None if dtype is None else dtype_name(dtype)}
+
+
+def config_from(facts: Mapping[str, Any]) -> AttnResConfig:
+    """Return the config that `describe_config` described.
+
+    Raises:
+        TypeError: A field has a name that AttnResConfig does not know.
+    """
+    dtype = facts.get("param_dtype")
+    fields: dict[str, Any] = {**facts, "param_dtype": None if dtype is None else getattr(torch, dtype)}
+    return AttnResConfig(**fields)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as torch's attribute is named: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_count(name: str, value: object) -> None:

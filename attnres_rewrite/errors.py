@@ -2,13 +2,16 @@
 
 RewriteError                  a refusal: the model was understood, and the rewrite would be wrong or useless
   CaptureError                the model could not be traced to one graph
-    GraphBreakError           its Python control flow depends on tensor values
+    GraphBreakError           no one graph holds the stream: its Python control flow depends on tensor values
   NoStreamError               the graph holds no residual stream
     PostNormError             the stream passes through a norm between updates (x = norm(x + f(x)))
     ParallelStreamsError      several streams feed each other (hyper-connections, AltUp, reversible layers)
   AlreadyRewrittenError       the model has Attention Residuals already
   UnpreservedReadError        output="mean" would change what a consumer of the stream computes
   ModeMismatchError           train mode and eval mode build different streams
+  NotAttachedError            torch.compile(backend="attnres") met a model that attach() does not know
+  NotCompiledError            an attached model was about to run as the network it was before
+  StreamMismatchError         a compiled call has another stream than attach() found
   ProofError                  a proof failed: the rewritten graph is not the function it must be
   ModelSpecError              a MODEL argument of the command line gives no model
   ArtifactError               a saved folder is damaged, foreign, or would be overwritten
@@ -28,7 +31,7 @@ class CaptureError(RewriteError):
 
 
 class GraphBreakError(CaptureError):
-    """The Python control flow of the model depends on tensor values."""
+    """The Python control flow of the model depends on tensor values, so that no one graph holds the stream."""
 
 
 class NoStreamError(RewriteError):
@@ -53,6 +56,18 @@ class UnpreservedReadError(RewriteError):
 
 class ModeMismatchError(RewriteError):
     """The streams found in train mode and in eval mode are not the same."""
+
+
+class NotAttachedError(RewriteError):
+    """The backend was given a model that has no reads: attach() was not called."""
+
+
+class NotCompiledError(RewriteError):
+    """An attached model runs without the backend, so its reads would be left out."""
+
+
+class StreamMismatchError(RewriteError):
+    """A compiled call of an attached model has another stream than the one its reads belong to."""
 
 
 class ProofError(RewriteError):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.config import AttnResConfig, describe_config, dtype_name
 from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, LeftAlone, ReadGroup
 
 
@@ -116,12 +116,6 @@ class RewriteReport:
         return facts | {"verify": self.verify.to_dict() if self.verify else None}
 
 
-def describe_config(config: AttnResConfig) -> dict[str, Any]:
-    """Return the fields of `config` as JSON-ready values."""
-    dtype = config.param_dtype
-    return asdict(config) | {"param_dtype": None if dtype is None else dtype_name(dtype)}
-
-
 def describe_stream(
     plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequence[FusedRead], why_no_kernel: str | None
 ) -> StreamReport:
@@ -189,11 +183,6 @@ def report_from(
         num_parameters_added=sum(gains * stream.width * len(stream.reads) for stream in streams),
         pass_seconds=pass_seconds,
     )
-
-
-def dtype_name(dtype: object) -> str:
-    """Name a torch dtype as users write it: torch.float32 -> "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def report_from_dict(facts: dict[str, Any]) -> RewriteReport:

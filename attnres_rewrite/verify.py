@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from attnres_rewrite.config import dtype_name
 from attnres_rewrite.errors import CaptureError, ProofError, explain
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
-from attnres_rewrite.report import Proof, VerifyReport, dtype_name
+from attnres_rewrite.report import Proof, VerifyReport
 from attnres_rewrite.witness import DepthInterpreter, random_reads, zero_queries
 
 FLOAT64_LIMIT = 1e-10

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 # From the bottom up. A module may import its own level and what is below it, but for the EXCEPTIONS.
 LEVELS = (
     {"errors"},
-    {"config", "records", "fxgraph", "inputs", "copying", "kernels", "functional"},
+    {"config", "records", "fxgraph", "inputs", "copying", "mark", "kernels", "functional"},
     {
         "capture",
         "export_routes",
@@ -22,9 +22,11 @@ LEVELS = (
         "verify",
         "lifted",
         "witness",
+        "training_ir",
+        "example_inputs",
     },
     {"pipeline", "artifact", "graph_json", "program_json", "api"},
-    {"backend", "cli"},
+    {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
 )
 FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "module", "report"}
@@ -37,7 +39,7 @@ EXCEPTIONS = {
     "verify": PROOFS,
     "lifted": PROOFS,
     "witness": PROOFS,
-    "cli": {"cli", "__init__", "errors", "report"},
+    "cli": {"cli", "__init__", "errors", "report", "example_inputs"},
 }
 ONLY_IN = {
     "triton": {"kernels"},

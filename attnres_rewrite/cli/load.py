@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from attnres_rewrite.errors import ModelSpecError, explain
+from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 
 DEFAULT_FACTORIES = ("build", "model", "make_model", "get_model")
 BATCH, SEQ = 2, 16
@@ -103,7 +104,7 @@ def _load_folder(path: Path, meta: bool, batch: int | None, seq: int | None) -> 
     from attnres_rewrite.cli import huggingface
 
     model, notes = huggingface.build(path, meta=meta)
-    inputs = huggingface.example_inputs(model, batch or BATCH, seq or SEQ)
+    inputs = example_inputs(model, batch or BATCH, seq or SEQ)
     return Loaded(model, (), inputs, notes)
 
 
@@ -253,10 +254,8 @@ def _with_inputs(spec: str, model: Any, where: str, batch: int | None, seq: int 
     """Give a model that came alone its inputs."""
     from torch import nn
 
-    from attnres_rewrite.cli import huggingface
-
-    if huggingface.is_huggingface(model):
-        return Loaded(model, (), huggingface.example_inputs(model, batch or BATCH, seq or SEQ))
+    if is_huggingface(model):
+        return Loaded(model, (), example_inputs(model, batch or BATCH, seq or SEQ))
     _refuse_sizes(batch is not None or seq is not None, spec)
     if not isinstance(model, nn.Module):
         return _with_own_inputs(spec, model)

@@ -16,7 +16,7 @@ from torch import fx
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import UnpreservedReadError, explain
-from attnres_rewrite.fxgraph import module_path, place_of, source_line
+from attnres_rewrite.fxgraph import module_classes, module_path, place_of, source_line
 from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream
 
 DEFAULT_BLOCKS = 8
@@ -115,9 +115,16 @@ def _reads(plan: BlockPlan, parents: set[str], counters: dict[str, Iterator[int]
 
 
 def _owner(readers: Sequence[fx.Node], parents: set[str]) -> str:
-    """Return the module whose code reads first; a leaf such as a norm counts as its parent."""
-    path = module_path(readers[0])
-    if not path:
-        return ""
-    *above, innermost = path
-    return above[-1] if above and innermost not in parents else innermost
+    """Return the module whose code reads first; a leaf such as a norm counts as its parent.
+
+    So does a container: in an nn.Sequential, a child more is a layer more.
+    """
+    modules = list(zip(module_path(readers[0]), module_classes(readers[0]), strict=True))
+    if len(modules) > 1 and modules[-1][0] not in parents:
+        modules.pop()
+    while len(modules) > 1 and modules[-1][1].rpartition(".")[2] in _CONTAINERS:
+        modules.pop()
+    return modules[-1][0] if modules else ""
+
+
+_CONTAINERS = frozenset(["Sequential", "ModuleList", "ModuleDict"])

@@ -8,6 +8,7 @@ import torch
 
 from attnres_rewrite.cli import huggingface, load
 from attnres_rewrite.errors import ModelSpecError
+from attnres_rewrite.example_inputs import example_inputs
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,15 +133,15 @@ def test_a_missing_transformers_is_said(folder, monkeypatch):
 
 
 def test_ids_are_words_and_reproducible(llama):
-    ids = huggingface.example_inputs(llama, 4, 200)["input_ids"]
+    ids = example_inputs(llama, 4, 200)["input_ids"]
     special = {llama.config.bos_token_id, llama.config.eos_token_id, 7, 0}
     assert not special & set(ids.flatten().tolist())
-    torch.testing.assert_close(huggingface.example_inputs(llama, 4, 200)["input_ids"], ids)
+    torch.testing.assert_close(example_inputs(llama, 4, 200)["input_ids"], ids)
 
 
 def test_making_inputs_leaves_the_generator_alone(llama):
     before = torch.get_rng_state()
-    huggingface.example_inputs(llama, 1, 2)
+    example_inputs(llama, 1, 2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -185,7 +186,7 @@ def small_whisper():
 )
 def test_inputs_fit_other_kinds_of_models(make, names):
     model = make().eval()
-    inputs = huggingface.example_inputs(model, 2, 4)
+    inputs = example_inputs(model, 2, 4)
     assert inputs.keys() == names
     assert model(**inputs).logits.shape[0] == 2
 
@@ -193,7 +194,7 @@ def test_inputs_fit_other_kinds_of_models(make, names):
 def test_an_input_nobody_can_make_up(llama):
     llama.main_input_name = "point_cloud"
     with pytest.raises(ModelSpecError, match="LlamaForCausalLM wants point_cloud"):
-        huggingface.example_inputs(llama, 1, 2)
+        example_inputs(llama, 1, 2)
 
 
 def test_a_factory_that_returns_a_transformers_model(tmp_path):

@@ -1,0 +1,274 @@
+"""attach(): give a model its queries and gains, and keep it the object it was.
+
+    attach(model, config)       model.layers.3.attn_res.1.query is a parameter of the model now
+    model.compile(backend="attnres")
+
+For code that holds on to the model: Trainer, generate(), optimizers, DistributedDataParallel, PEFT. Its class becomes
+a subclass of itself, of the same name, whose forward leaves a mark in what Dynamo traces (mark.py); the backend
+(backend.py) replaces the stream there. Uncompiled, that forward raises.
+"""
+
+import functools
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnres_rewrite.api import plan_program, report_plans
+from attnres_rewrite.capture import capture, refuse_rewritten
+from attnres_rewrite.config import AttnResConfig, config_from, describe_config
+from attnres_rewrite.errors import NotAttachedError, NotCompiledError, explain
+from attnres_rewrite.example_inputs import example_inputs, is_huggingface
+from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
+from attnres_rewrite.passes.insert_reads import add_parameters
+from attnres_rewrite.records import BlockPlan
+from attnres_rewrite.report import RewriteReport
+
+BATCH, SEQ = 2, 16
+_running_originals: ContextVar[int] = ContextVar("running_originals", default=0)
+
+
+class Attached:
+    """Mixed into the class of a model by attach(); kept apart so that nn.Module stays the first of its bases."""
+
+    _attnres_facts: str  # the Attachment, as JSON
+    _attnres_names: tuple[str, ...]  # of the queries and gains, in the order of the mark
+    _attnres_original: bool  # inside `original(model)`
+    _attnres_base: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the class the model had: the one it has now is made at run time."""
+        return _rebuilt, (self._attnres_base,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+def attach(
+    model: nn.Module,
+    config: AttnResConfig | None = None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> RewriteReport:
+    """Find the residual stream of `model` and add the queries and gains of its reads to it, as parameters.
+
+    The model stays the object it is, with every parameter it had. From now on it has to be compiled with
+    backend="attnres", which replaces the stream; called without, it raises. Queries start at zero: the compiled model
+    computes what the model did.
+
+    Args:
+        model: Any module that `rewrite` takes. It is changed.
+        config: As for `rewrite`; None takes the one that a transformers config carries from an earlier attach(), else
+            the defaults.
+        args: Positional example inputs, on the model's device. A transformers model needs none.
+        kwargs: Example inputs given by name.
+
+    Returns:
+        What was found and planned. The parameters have the names that `rewrite` gives them.
+
+    Raises:
+        AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten.
+        RewriteError: A refusal, as of `rewrite`.
+        ValueError: No example inputs, or `config` contradicts the model's own config.
+        TypeError: `model` is not a module that can be changed.
+    """
+    _check_model(model)
+    refuse_rewritten(model)
+    config = _config_for(model, config)
+    captured = capture(model, args, _inputs(model, args, kwargs), {}, both_modes=False)
+    planned = plan_program(captured.programs[captured.training], config)
+    report = report_plans(model, config, captured, planned)
+    add_parameters(model, planned.plans, config)
+    attachment = Attachment(config, tuple(_attached_stream(plan) for plan in planned.plans))
+    _become(model, attachment)
+    _note_in_config(model, config)
+    _register_backend()
+    return report
+
+
+def detach(model: nn.Module) -> None:
+    """Take off what attach() added: the queries and gains are gone, and the model is of its own class again.
+
+    Args:
+        model: An attached model, or a module that holds one.
+
+    Raises:
+        NotAttachedError: There is nothing to take off.
+    """
+    for part in _attached_parts(model):
+        for stream in Attachment.from_json(part._attnres_facts).streams:
+            for read in stream.reads:
+                owner = part.get_submodule(read.name.rpartition("attn_res.")[0].rstrip("."))
+                owner._modules.pop("attn_res", None)
+        part.__class__ = part._attnres_base
+        for field in ("_attnres_facts", "_attnres_names", "_attnres_original"):
+            part.__dict__.pop(field, None)
+        if is_huggingface(part):
+            part.config.__dict__.pop(_CONFIG_KEY, None)  # type: ignore[union-attr]
+
+
+@contextmanager
+def original(model: nn.Module) -> Generator[None]:
+    """Run an attached model as the network it was, without its reads, compiled or not, for the length of a `with`.
+
+    Args:
+        model: An attached model, or a module that holds one; the one inside is what is run.
+
+    Raises:
+        NotAttachedError: No part of `model` is attached.
+    """
+    parts = list(_attached_parts(model))
+    before = [part._attnres_original for part in parts]
+    token = _running_originals.set(_running_originals.get() + 1)
+    try:
+        for part in parts:
+            part._attnres_original = True
+        yield
+    finally:
+        _running_originals.reset(token)
+        for part, flag in zip(parts, before, strict=True):
+            part._attnres_original = flag
+
+
+def runs_original() -> bool:
+    """Say whether this code runs inside `original`."""
+    return _running_originals.get() > 0
+
+
+def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the queries and gains of every read, [D] each, in the order of `model.named_parameters()`.
+
+    They want an optimizer group of their own: no weight decay, which would pull a gain to zero, and a learning rate
+    of their own.
+
+    Args:
+        model: An attached model, the result of `rewrite`, or a module that holds either.
+
+    Raises:
+        NotAttachedError: There are none.
+    """
+    found = [parameter for name, parameter in model.named_parameters() if _is_of_read(name)]
+    if not found:
+        raise _not_attached(model)
+    return found
+
+
+def _is_of_read(name: str) -> bool:
+    path = name.split(".")
+    return len(path) >= 3 and path[-3] == "attn_res" and path[-2].isdigit() and path[-1] in ("query", "key_norm")
+
+
+def _check_model(model: nn.Module) -> None:
+    # callers are not all type-checked
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"attach() changes an nn.Module; this is a {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TypeError("attach() comes before torch.compile: attach the module itself, then compile it")
+    if isinstance(model, torch.fx.GraphModule):
+        raise TypeError("a GraphModule has no code of its own to compile later; rewrite() takes it")
+    if "forward" in model.__dict__:
+        raise TypeError(
+            f"the forward of this {type(model).__name__} was replaced on the object, so attach() cannot wrap it: "
+            "attach first, then let the other library do so"
+        )
+
+
+def _config_for(model: nn.Module, config: AttnResConfig | None) -> AttnResConfig:
+    carried = getattr(model.config, _CONFIG_KEY, None) if is_huggingface(model) else None
+    own = None if carried is None else config_from(carried)
+    if own is not None and config is not None and own != config:
+        raise ValueError(f"config={config} contradicts the one this model was saved with, {own}; leave config out")
+    return config or own or AttnResConfig()
+
+
+# in the config of a transformers model, and so in its config.json
+_CONFIG_KEY = "attn_res"
+
+
+def _note_in_config(model: nn.Module, config: AttnResConfig) -> None:
+    if is_huggingface(model):
+        setattr(model.config, _CONFIG_KEY, describe_config(config))
+
+
+def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    if args or kwargs is not None:
+        return dict(kwargs or {})
+    if is_huggingface(model):
+        return example_inputs(model, BATCH, SEQ)
+    raise ValueError(
+        f"attach() captures {type(model).__name__} once to find its stream: give example inputs, "
+        "attach(model, config, args=(ids,))"
+    )
+
+
+def _attached_stream(plan: BlockPlan) -> AttachedStream:
+    reads = tuple(AttachedRead(read.state, read.name) for read in plan.reads)
+    return AttachedStream(plan.stream.name, plan.stream.width, len(plan.stream.updates), reads)
+
+
+def _become(model: nn.Module, attachment: Attachment) -> None:
+    model._attnres_facts = attachment.to_json()  # type: ignore[assignment]
+    model._attnres_names = attachment.parameter_names  # type: ignore[assignment]
+    model._attnres_original = False  # type: ignore[assignment]
+    model.__class__ = _attached_class(type(model))
+
+
+@functools.cache
+def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of `base` whose forward leaves the mark; it goes by the same name."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._attnres_original:
+            args, kwargs = _marked(self, args, kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (Attached, base), described | {"forward": forward, "_attnres_base": base})
+
+
+def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if torch.compiler.is_exporting():
+        raise NotCompiledError(
+            "an attached model is not exported: its forward is still the original's\n"
+            "  rewrite(model) gives a module that can be"
+        )
+    parameters = [_parameter(model, name) for name in model._attnres_names]
+    return mark_inputs(parameters, model._attnres_facts, args, kwargs)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    try:
+        return model.get_parameter(name)
+    except AttributeError as error:
+        raise NotAttachedError(f"the model lost {name}; detach() and attach() make it anew") from error
+
+
+def _rebuilt(base: type[nn.Module]) -> nn.Module:
+    cls = _attached_class(base)
+    return cls.__new__(cls)
+
+
+def _attached_parts(model: nn.Module) -> Iterator[Any]:
+    found = [part for part in model.modules() if isinstance(part, Attached)]
+    if not found:
+        raise _not_attached(model)
+    yield from found
+
+
+def _not_attached(model: nn.Module) -> NotAttachedError:
+    return NotAttachedError(
+        explain(f"{type(model).__name__} has no reads", remedy="Add them: attnres_rewrite.attach(model, config)")
+    )
+
+
+def _register_backend() -> None:
+    """Make backend="attnres" known where the package was not installed, and so has no entry point."""
+    from torch._dynamo.exc import InvalidBackend
+
+    from attnres_rewrite.backend import attnres
+
+    try:
+        torch._dynamo.lookup_backend("attnres")
+    except InvalidBackend:
+        torch._dynamo.register_backend(attnres, name="attnres")

@@ -1,0 +1,265 @@
+"""torch.compile(backend="attnres"): the passes of rewrite() between Dynamo and another backend, Inductor by default.
+
+Dynamo's graph of an attached model -> find and take out its mark -> training IR -> normalize_adds -> find_stream
+-> plan_blocks -> insert_reads -> schedule_reads -> fuse_reads -> Dynamo's calling convention -> Inductor
+
+Nothing is kept between calls: what attach() decided is in the mark. A graph in which the stream is not the one that
+attach() found is refused. Dynamo hands the refusal on as BackendCompilerFailed, with its text.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attnres_rewrite.api import plan_program, put_reads_in
+from attnres_rewrite.attachment import runs_original
+from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.errors import (
+    GraphBreakError,
+    NoStreamError,
+    NotAttachedError,
+    RewriteError,
+    StreamMismatchError,
+    explain,
+)
+from attnres_rewrite.mark import AttachedStream, Attachment
+from attnres_rewrite.records import BlockPlan
+from attnres_rewrite.training_ir import to_dynamo, to_training_ir
+
+Compiled = Callable[..., Any]
+_counts: Counter[str] = Counter()
+
+
+def stats() -> Mapping[str, int]:
+    """Return what the backend did in this process since `reset_stats`.
+
+    "rewritten graphs" that it compiled and the "reads" in them; "rewritten calls" of those; "original graphs", compiled
+    inside `original(model)`; "plain graphs", compiled as they came: what follows a graph break behind the stream, and
+    helpers without parameters.
+    """
+    return dict(_counts)
+
+
+def reset_stats() -> None:
+    """Forget all counts."""
+    _counts.clear()
+
+
+def attnres(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Compiled:
+    """Compile one of Dynamo's graphs; registered as the backend "attnres".
+
+    Args:
+        gm: The graph.
+        example_inputs: Its inputs.
+        mode: As torch.compile takes it; for Inductor only.
+        options: "backend", the name of the backend or the function that compiles the rewritten graph ("inductor");
+            fields of AttnResConfig, which must be those of attach(); everything else is Inductor's.
+
+    Raises:
+        NotAttachedError: The graph is of a model that attach() does not know.
+        GraphBreakError: The stream goes on in another graph.
+        StreamMismatchError: The stream is not the one that attach() found.
+        ValueError: An option is unknown, or contradicts attach().
+    """
+    chosen = Options.of(mode, options)
+    _refuse_split_graphs()
+    marks = list(gm.graph.find_nodes(op="call_function", target=_MARK))
+    if marks:
+        attachment = Attachment.from_json(marks[0].args[1])  # type: ignore[arg-type]
+        chosen.check(attachment.config)
+        num_reads = rewrite_graph(gm, attachment, marks)
+        compiled = chosen.compile(gm, example_inputs)
+        _counts.update({"rewritten graphs": 1, "reads": num_reads})
+        return _counted(compiled)
+    if not runs_original():
+        _refuse_unattached(gm)
+    compiled = chosen.compile(gm, example_inputs)
+    _counts["original graphs" if runs_original() else "plain graphs"] += 1
+    return compiled
+
+
+_MARK = torch.ops.attnres.mark
+_MARKED = torch.ops.attnres.marked
+
+
+def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx.Node]) -> int:
+    """Rewrite the attached stream in Dynamo's graph; return the number of reads."""
+    if len(marks) > 1:
+        raise StreamMismatchError(
+            explain(
+                f"{len(marks)} calls of attached models are in one compiled function",
+                None,
+                "Which of the streams in it belongs to which call cannot be told.",
+                'Compile the model, not the function around it: model.compile(backend="attnres").',
+            )
+        )
+    names = _take_out(gm.graph, marks[0], attachment)
+    traced = to_training_ir(gm, names)
+    try:
+        planned = plan_program(traced.module, attachment.config)
+        plans = _matched(planned.plans, attachment, gm)
+    except NoStreamError as error:
+        raise _broken(gm, str(error)) or error from error
+    put_reads_in(traced.module, plans, attachment.config)
+    to_dynamo(traced, gm)
+    return sum(len(plan.reads) for plan in plans)
+
+
+def _take_out(graph: fx.Graph, mark: fx.Node, attachment: Attachment) -> dict[str, str]:
+    """Erase the mark; return which placeholder holds which query or gain, by their names."""
+    parameters: Sequence[fx.Node] = mark.args[0]  # type: ignore[assignment]
+    names = {node.name: name for node, name in zip(parameters, attachment.parameter_names, strict=True)}
+    for marked in list(mark.users):
+        marked.replace_all_uses_with(marked.args[0])  # type: ignore[arg-type]
+        graph.erase_node(marked)
+    graph.erase_node(mark)
+    return names
+
+
+def _matched(plans: Sequence[BlockPlan], attachment: Attachment, gm: fx.GraphModule) -> list[BlockPlan]:
+    """Give the reads of this graph the parameters that attach() made for them."""
+    found = [(len(plan.stream.updates), plan.stream.width) for plan in plans]
+    wanted = [(stream.num_updates, stream.width) for stream in attachment.streams]
+    if found != wanted:
+        seen = f"This call has {_spelled(found)}; attach() found {_spelled(wanted)}."
+        raise _broken(gm, seen) or StreamMismatchError(
+            explain(
+                "the compiled call has another stream than attach() found",
+                None,
+                seen,
+                "Attach with example inputs of this kind: attach(model, config, args, kwargs).",
+            )
+        )
+    return [_with_names(plan, stream) for plan, stream in zip(plans, attachment.streams, strict=True)]
+
+
+def _spelled(streams: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"a stream of {updates} updates and width {width}" for updates, width in streams) or "none"
+
+
+def _with_names(plan: BlockPlan, stream: AttachedStream) -> BlockPlan:
+    names = {read.state: read.name for read in stream.reads}
+    for read in plan.reads:
+        if read.state not in names:
+            raise StreamMismatchError(
+                explain(
+                    f"this call reads state {read.state} of {stream.name}, which nothing read when it was attached",
+                    read.source_line or None,
+                    "There is no query for that read.",
+                    "Attach with example inputs that make the model return the same things.",
+                )
+            )
+    return replace(plan, reads=tuple(replace(read, name=names[read.state]) for read in plan.reads))
+
+
+def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
+    """Return the refusal for a graph that Dynamo had to end before the model did, or None."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frames = [frame for frame in reason.user_stack if frame.filename]
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    return GraphBreakError(
+        explain(
+            "a graph break cuts the stream",
+            where,
+            f"{str(reason.reason).strip()} {seen}",
+            "fullgraph=True makes torch say so at once; torch._dynamo.explain(model)(inputs) lists every break.",
+        )
+    )
+
+
+def _refuse_unattached(gm: fx.GraphModule) -> None:
+    """Let a graph pass that is no model: one behind a graph break, or without parameters."""
+    given = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    continues = any("torch_dynamo_resume_in" in (node.meta.get("stack_trace") or "") for node in gm.graph.nodes)
+    if continues or not any(isinstance(value, nn.Parameter) for value in given):
+        return
+    raise NotAttachedError(
+        explain(
+            "the model was not attached, so it has no reads to put in",
+            None,
+            "backend='attnres' looks for the queries that attach() adds.",
+            "Before torch.compile: attnres_rewrite.attach(model, attnres_rewrite.AttnResConfig(num_blocks=8))",
+        )
+    )
+
+
+def _refuse_split_graphs() -> None:
+    """Refuse the pieces into which torch cuts the graph of a DistributedDataParallel model."""
+    module = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if module is not None and torch._dynamo.config.optimize_ddp in (True, "ddp_optimizer"):
+        raise GraphBreakError(
+            explain(
+                "torch cuts the graph of a DistributedDataParallel model at its buckets, and the stream with it",
+                None,
+                "torch._dynamo.config.optimize_ddp is on.",
+                "Turn it off before the first call: torch._dynamo.config.optimize_ddp = False",
+            )
+        )
+
+
+def _counted(compiled: Compiled) -> Compiled:
+    def call(*args: Any) -> Any:
+        _counts["rewritten calls"] += 1
+        return compiled(*args)
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What torch.compile(..., mode=, options=) asked for."""
+
+    backend: str | Compiled = "inductor"
+    claimed: Mapping[str, Any] = field(default_factory=dict[str, Any])  # fields of AttnResConfig
+    inductor: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def of(cls, mode: str | None, options: Mapping[str, Any] | None) -> "Options":
+        """Sort the options.
+
+        Raises:
+            ValueError: One is unknown, or is for Inductor and another backend was asked for.
+        """
+        rest = dict(options or {})
+        backend = rest.pop("backend", "inductor")
+        if backend in ("attnres", attnres):
+            raise ValueError('options={"backend": "attnres"} would run the rewrite inside itself')
+        config_fields = {entry.name for entry in fields(AttnResConfig)}
+        claimed = {key: rest.pop(key) for key in list(rest) if key in config_fields}
+        patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
+        if backend != "inductor" and (patches or rest):
+            raise ValueError(f"mode={mode!r} and options {sorted(rest)} are Inductor's, and backend={backend!r}")
+        known = torch._inductor.list_options()
+        if unknown := sorted(key for key in rest if key.replace("-", "_") not in known):
+            raise ValueError(
+                f"unknown options {unknown}: give 'backend', a field of AttnResConfig ({sorted(config_fields)}) or "
+                "one of torch._inductor.list_options()"
+            )
+        return cls(backend, claimed, patches | {key.replace("-", "_"): value for key, value in rest.items()})
+
+    def check(self, config: AttnResConfig) -> None:
+        """Raise ValueError when an option is not what attach() was given."""
+        for name, value in self.claimed.items():
+            if value != getattr(config, name):
+                raise ValueError(
+                    f"options={{{name!r}: {value!r}}} contradicts attach(), which was given {getattr(config, name)!r}; "
+                    "leave it out, or detach() and attach() anew"
+                )
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        """Hand a graph to the backend behind this one."""
+        if self.backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            patches = dict(self.inductor) or None
+            return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
+        behind = torch._dynamo.lookup_backend(self.backend)  # type: ignore[arg-type]
+        return behind(gm, list(example_inputs))
