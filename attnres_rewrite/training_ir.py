@@ -11,8 +11,10 @@ Traced before autograd and not functionalised, as torch.export's training IR is,
 traced at Dynamo's own fake inputs: dynamic sizes keep their symbols, and what torch asks about them becomes a guard.
 """
 
+import itertools
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +25,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointPolicy
+
+from attnres_rewrite.errors import CaptureError, explain
+from attnres_rewrite.fxgraph import place_of
 
 # what later compilers read; the rest is made anew by them
 _KEPT_META = frozenset(
     ["stack_trace", "nn_module_stack", "source_fn_stack", "from_node", "custom", "recompute", "ac_graph_id"]
 )
+# of the activation checkpoints that were opened up: the partitioner keeps different ones apart
+_checkpoints = itertools.count(1 << 20)
 _OF_MODULE = re.compile(r"(\._parameters\[|\._buffers\[)[^]]*\]$")
 
 
@@ -83,6 +91,7 @@ def to_dynamo(traced: TracedProgram, gm: fx.GraphModule) -> None:
     traced.module.recompile()
     given = _placeholders(gm.graph)
     lowered = _traced(traced.module, [node.meta["example_value"] for node in given])
+    _make_mixes_again(lowered.graph)
     for old, new in zip(given, _placeholders(lowered.graph), strict=True):
         new.meta = old.meta
         new.__dict__.update({key: value for key, value in old.__dict__.items() if key.startswith("_dynamo")})
@@ -91,6 +100,22 @@ def to_dynamo(traced: TracedProgram, gm: fx.GraphModule) -> None:
             node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
     _adopt_constants(gm, lowered)
     gm.graph = lowered.graph
+
+
+def _make_mixes_again(graph: fx.Graph) -> None:
+    """Have the kernels' phase-1 results made again for the backward, as kernels/inter_block/op.py does under Dynamo."""
+    for mixes in graph.find_nodes(op="call_function", target=torch.ops.attnres.inter_block.default):
+        number = next(_checkpoints)
+        for node in _with_items(mixes):
+            node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": number}
+
+
+def _with_items(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and what is taken out of the tuple it returns."""
+    yield node
+    for user in node.users:
+        if user.target is operator.getitem:
+            yield from _with_items(user)
 
 
 def _traced(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
@@ -102,16 +127,45 @@ def _traced(gm: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else nullcontext())
         stack.enter_context(traceback.preserve_node_meta())
         # an in-place op must not reach Dynamo's own fake tensors
-        fresh = [value.detach().requires_grad_(value.requires_grad) if _is_leaf(value) else value for value in values]
+        fresh = [value.detach().requires_grad_(value.requires_grad) if _is_data(value) else value for value in values]
         return make_fx(_Tracing(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fresh)
 
 
 class _Tracing(fx.Interpreter):
-    """Runs a graph for make_fx, and keeps whole what must not be traced into: it has a backward of its own."""
+    """Runs a graph for make_fx; knows what make_fx does not.
+
+    A torch.autograd.Function has a backward of its own: its call is kept whole. An activation checkpoint is opened up,
+    because the stream runs through it, and its calls are tagged as AOTAutograd tags them.
+    """
+
+    def __init__(self, module: fx.GraphModule, checkpoint: int | None = None) -> None:
+        super().__init__(module)
+        self.checkpoint = checkpoint
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is not torch.ops.higher_order.autograd_function_apply:
-            return super().run_node(n)
+        if self.checkpoint is not None and n.op in ("call_function", "call_method"):
+            n.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": self.checkpoint}
+        if n.target is torch.ops.higher_order.autograd_function_apply:
+            return self._kept(n)
+        if n.target is torch.ops.higher_order.tag_activation_checkpoint:
+            return self._opened(n)
+        return super().run_node(n)
+
+    def _opened(self, n: fx.Node) -> Any:
+        (body, *args), _ = self.fetch_args_kwargs_from_env(n)
+        assert isinstance(body, fx.GraphModule)
+        if "_checkpoint_context_fn" in body.meta:
+            raise CaptureError(
+                explain(
+                    "a selective activation checkpoint (context_fn) lies around the stream",
+                    place_of(n),
+                    "What it keeps is decided call by call, which a rewritten graph cannot follow.",
+                    "Checkpoint without context_fn.",
+                )
+            )
+        return _Tracing(body, next(_checkpoints)).run(*args)
+
+    def _kept(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         mode = get_proxy_mode()
         assert mode is not None
@@ -125,8 +179,11 @@ class _Tracing(fx.Interpreter):
         return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
 
 
-def _is_leaf(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and value.is_leaf
+def _is_data(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+        return False
+    # a tensor without dimensions may be a number that Dynamo wrapped: the fake one knows its symbol, a copy would not
+    return value.is_leaf and value.dim() > 0
 
 
 def _placeholders(graph: fx.Graph) -> list[fx.Node]:

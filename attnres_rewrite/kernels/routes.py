@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnres_rewrite.kernels.checks import MAX_SOURCES, MAX_WIDTH
 
@@ -47,11 +48,15 @@ def runs_triton(operation: str, tensors: Sequence[Tensor], update: Tensor | None
     reason = why_not_triton(tensors, update)
     if reason is None:
         return True
-    if not torch.compiler.is_compiling():
+    if not _is_traced(tensors[0]):
         count(f"{operation}: plain ({reason})")
         if tensors[0].is_cuda:
             _warn_once(operation, reason)
     return False
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def why_not_triton(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
