@@ -2,7 +2,7 @@
 
 from attnres_rewrite.api import inspect, rewrite, verify
 from attnres_rewrite.artifact import load, save
-from attnres_rewrite.attachment import attach, attnres_parameters, detach, original
+from attnres_rewrite.attachment import attach, detach, original
 from attnres_rewrite.backend import reset_stats, stats
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
@@ -23,6 +23,7 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "detach",
     "inspect",
     "load",
+    "load_attnres_parameters",
     "original",
     "reset_stats",
     "rewrite",

@@ -9,9 +9,11 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 """
 
 import functools
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from attnres_rewrite.errors import NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters
+from attnres_rewrite.read_parameters import holds_attnres_parameters, load_attnres_parameters
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -59,7 +62,7 @@ def attach(
     Args:
         model: Any module that `rewrite` takes. It is changed.
         config: As for `rewrite`; None takes the one that a transformers config carries from an earlier attach(), else
-            the defaults.
+            the defaults. Where it carries one, the queries are loaded from the folder the model came from.
         args: Positional example inputs, on the model's device. A transformers model needs none.
         kwargs: Example inputs given by name.
 
@@ -81,7 +84,7 @@ def attach(
     add_parameters(model, planned.plans, config)
     attachment = Attachment(config, tuple(_attached_stream(plan) for plan in planned.plans))
     _become(model, attachment)
-    _note_in_config(model, config)
+    _take_up_checkpoint(model, config)
     _register_backend()
     return report
 
@@ -135,29 +138,6 @@ def runs_original() -> bool:
     return _running_originals.get() > 0
 
 
-def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the queries and gains of every read, [D] each, in the order of `model.named_parameters()`.
-
-    They want an optimizer group of their own: no weight decay, which would pull a gain to zero, and a learning rate
-    of their own.
-
-    Args:
-        model: An attached model, the result of `rewrite`, or a module that holds either.
-
-    Raises:
-        NotAttachedError: There are none.
-    """
-    found = [parameter for name, parameter in model.named_parameters() if _is_of_read(name)]
-    if not found:
-        raise _not_attached(model)
-    return found
-
-
-def _is_of_read(name: str) -> bool:
-    path = name.split(".")
-    return len(path) >= 3 and path[-3] == "attn_res" and path[-2].isdigit() and path[-1] in ("query", "key_norm")
-
-
 def _check_model(model: nn.Module) -> None:
     # callers are not all type-checked
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -185,9 +165,23 @@ def _config_for(model: nn.Module, config: AttnResConfig | None) -> AttnResConfig
 _CONFIG_KEY = "attn_res"
 
 
-def _note_in_config(model: nn.Module, config: AttnResConfig) -> None:
-    if is_huggingface(model):
-        setattr(model.config, _CONFIG_KEY, describe_config(config))
+def _take_up_checkpoint(model: Any, config: AttnResConfig) -> None:
+    """Note the config where transformers saves it; load the queries that from_pretrained() found no place for."""
+    if not is_huggingface(model):
+        return
+    was_attached = hasattr(model.config, _CONFIG_KEY)
+    setattr(model.config, _CONFIG_KEY, describe_config(config))
+    if not was_attached:
+        return
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and folder.is_dir() and holds_attnres_parameters(folder):
+        load_attnres_parameters(model, folder)
+        return
+    warnings.warn(
+        "attnres_rewrite: this model was saved with queries, which from_pretrained() left out, and they are zero now; "
+        "load them with load_attnres_parameters(model, folder)",
+        stacklevel=3,
+    )
 
 
 def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

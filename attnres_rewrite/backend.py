@@ -105,7 +105,7 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
         planned = plan_program(traced.module, attachment.config)
         plans = _matched(planned.plans, attachment, gm)
     except NoStreamError as error:
-        raise _broken(gm, str(error)) or error from error
+        raise _broken(gm, "The graph that ends there holds no stream.") or error from error
     put_reads_in(traced.module, plans, attachment.config)
     to_dynamo(traced, gm)
     return sum(len(plan.reads) for plan in plans)
@@ -169,10 +169,16 @@ def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
         explain(
             "a graph break cuts the stream",
             where,
-            f"{str(reason.reason).strip()} {seen}",
+            f"{_first_paragraph(str(reason.reason))}\n  {seen}",
             "fullgraph=True makes torch say so at once; torch._dynamo.explain(model)(inputs) lists every break.",
         )
     )
+
+
+def _first_paragraph(text: str) -> str:
+    """Return what happened, why, and torch's hint, without the developer's context behind them."""
+    lines = text.strip().partition("\n\n")[0].splitlines()
+    return "\n  ".join(line.strip() for line in lines)
 
 
 def _refuse_unattached(gm: fx.GraphModule) -> None:
@@ -235,8 +241,8 @@ class Options:
         config_fields = {entry.name for entry in fields(AttnResConfig)}
         claimed = {key: rest.pop(key) for key in list(rest) if key in config_fields}
         patches = torch._inductor.list_mode_options(mode) if mode not in (None, "default") else {}
-        if backend != "inductor" and (patches or rest):
-            raise ValueError(f"mode={mode!r} and options {sorted(rest)} are Inductor's, and backend={backend!r}")
+        if backend != "inductor" and rest:
+            raise ValueError(f"options {sorted(rest)} would be Inductor's, and the backend is {backend!r}")
         known = torch._inductor.list_options()
         if unknown := sorted(key for key in rest if key.replace("-", "_") not in known):
             raise ValueError(

@@ -125,7 +125,7 @@ def refuse_rewritten(model: object) -> None:
                     "the model was rewritten already",
                     name,
                     "Its reads mix the depth now, so it has no plain residual stream left.",
-                    "Rewrite the original model instead; a saved rewrite is read with attnres_rewrite.load.",
+                    "Use the original model, or detach() this one; a saved rewrite is read with attnres_rewrite.load.",
                 )
             )
 

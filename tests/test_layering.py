@@ -25,7 +25,7 @@ LEVELS = (
         "training_ir",
         "example_inputs",
     },
-    {"pipeline", "artifact", "graph_json", "program_json", "api"},
+    {"pipeline", "artifact", "graph_json", "program_json", "read_parameters", "api"},
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
 )
