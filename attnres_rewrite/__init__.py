@@ -25,10 +25,10 @@ from attnres_rewrite.errors import (
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
-
-__version__ = "0.1.0"
+from attnres_rewrite.version import __version__
 
 __all__ = [
+    "__version__",
     "AlreadyRewrittenError",
     "ArtifactError",
     "AttnResConfig",

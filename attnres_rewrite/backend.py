@@ -29,6 +29,7 @@ from attnres_rewrite.errors import (
 from attnres_rewrite.mark import AttachedStream, Attachment
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.training_ir import to_dynamo, to_training_ir
+from attnres_rewrite.version import __version__
 
 Compiled = Callable[..., Any]
 _counts: Counter[str] = Counter()
@@ -263,9 +264,12 @@ class Options:
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         """Hand a graph to the backend behind this one."""
         if self.backend == "inductor":
+            from torch._inductor import config as inductor_config
             from torch._inductor.compile_fx import compile_fx
 
-            patches = dict(self.inductor) or None
+            # every configuration is part of the keys of torch's caches, and the kernels behind our custom ops are not
+            marked = inductor_config.unsafe_marked_cacheable_functions
+            patches = {"unsafe_marked_cacheable_functions": {**marked, "attnres_rewrite": __version__}, **self.inductor}
             return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[return-value]
         behind = torch._dynamo.lookup_backend(self.backend)  # type: ignore[arg-type]
         return behind(gm, list(example_inputs))

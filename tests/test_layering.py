@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 
 # From the bottom up. A module may import its own level and what is below it, but for the EXCEPTIONS.
 LEVELS = (
-    {"errors"},
+    {"errors", "version"},
     {"config", "records", "fxgraph", "inputs", "copying", "mark", "kernels", "functional"},
     {
         "capture",
