@@ -37,7 +37,7 @@ _running_originals: ContextVar[int] = ContextVar("running_originals", default=0)
 class Attached:
     """Mixed into the class of a model by attach(); kept apart so that nn.Module stays the first of its bases."""
 
-    _attnres_facts: str  # the Attachment, as JSON
+    _attnres_facts: str | None = None  # the Attachment, as JSON; None for an object made anew, as type(model)(...) does
     _attnres_names: tuple[str, ...]  # of the queries and gains, in the order of the mark
     _attnres_original: bool  # inside `original(model)`
     _attnres_base: type[nn.Module]
@@ -204,7 +204,7 @@ def _become(model: nn.Module, attachment: Attachment) -> None:
     model._attnres_facts = attachment.to_json()  # type: ignore[assignment]
     model._attnres_names = attachment.parameter_names  # type: ignore[assignment]
     model._attnres_original = False  # type: ignore[assignment]
-    model.__class__ = _attached_class(type(model))
+    model.__class__ = _attached_class(getattr(type(model), "_attnres_base", type(model)))
 
 
 @functools.cache
@@ -213,7 +213,7 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._attnres_original:
+        if self._attnres_facts is not None and not self._attnres_original:
             args, kwargs = _marked(self, args, kwargs)
         return base.forward(self, *args, **kwargs)
 
@@ -244,7 +244,7 @@ def _rebuilt(base: type[nn.Module]) -> nn.Module:
 
 
 def _attached_parts(model: nn.Module) -> Iterator[Any]:
-    found = [part for part in model.modules() if isinstance(part, Attached)]
+    found = [part for part in model.modules() if isinstance(part, Attached) and part._attnres_facts is not None]
     if not found:
         raise _not_attached(model)
     yield from found

@@ -129,6 +129,14 @@ def place_of(node: fx.Node) -> str:
     return source_line(node) or f"node {node.name} in {owner_of(node) or 'the model'}"
 
 
+def place_meta(node: fx.Node) -> dict[str, Any]:
+    """Return the metadata that says where a node stands: its line, its modules, the activation checkpoint around it."""
+    return {key: node.meta[key] for key in _PLACE_META if key in node.meta}
+
+
+_PLACE_META = ("nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
+
+
 def written_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the inputs that the op writes into."""
     return [arg for arg, schema in _arguments_with_schema(node) if _writes(schema)]

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AlreadyRewrittenError
-from attnres_rewrite.fxgraph import op_name, shape_of, tensor_of
+from attnres_rewrite.fxgraph import op_name, place_meta, shape_of, tensor_of
 from attnres_rewrite.kernels.read.op import block_attn_res
 from attnres_rewrite.passes.carriers import CASTS, carried_input
 from attnres_rewrite.passes.normalize_adds import ADD
@@ -58,12 +58,15 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:
-    """Return the submodule of this name, making plain modules on the way where there are none."""
+    """Return the submodule of this name, making modules that do nothing on the way where there are none.
+
+    They can be called, too: an nn.Sequential calls every child it has.
+    """
     module = root
     for part in name.split("."):
         child = module._modules.get(part)
         if child is None:
-            child = nn.Module()
+            child = nn.Identity()
             child.training = root.training
             module.add_module(part, child)
         module = child
@@ -156,7 +159,7 @@ def _read(
     )
     for node in (query, gain, mix):
         if node is not None:
-            node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+            node.meta = place_meta(like)
     value = tensor_of(like)
     assert value is not None
     mix.meta |= {

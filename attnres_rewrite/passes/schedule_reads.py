@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnres_rewrite.config import Schedule
-from attnres_rewrite.fxgraph import tensor_of
+from attnres_rewrite.fxgraph import place_meta, tensor_of
 from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import merge
 from attnres_rewrite.kernels.read.op import block_attn_res
@@ -96,7 +96,7 @@ def _split(graph: fx.Graph, reads: Sequence[fx.Node]) -> None:
         inter = graph.call_function(
             inter_block, (list(finished), queries), {"key_norms": key_norms, "eps": reads[0].kwargs["eps"]}
         )
-        inter.meta = {key: reads[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in reads[0].meta}
+        inter.meta = place_meta(reads[0])
         outs, lses = (graph.call_function(operator.getitem, (inter, index)) for index in range(2))
     for position, read in enumerate(reads):
         with graph.inserting_before(read):
