@@ -9,6 +9,7 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,7 +189,9 @@ def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     if args or kwargs is not None:
         return dict(kwargs or {})
     if is_huggingface(model):
-        return example_inputs(model, BATCH, SEQ)
+        # a stream is the same with a cache, and torch.export does not know every kind of cache
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        return example_inputs(model, BATCH, SEQ) | ({"use_cache": False} if takes_cache else {})
     raise ValueError(
         f"attach() captures {type(model).__name__} once to find its stream: give example inputs, "
         "attach(model, config, args=(ids,))"

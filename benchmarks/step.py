@@ -8,8 +8,9 @@ of its ratios to the compiled original, taken round by round: the variants take 
 meets them all. Compilation is timed apart, in a process of its own with empty caches each. On a GPU the peak memory of
 a step is printed beside it.
 
-Variants: the original; the rewrite under each schedule; `naive`, the usual way to write the method, a stack of all
-sources and two einsums in each read. All are compiled; --eager adds the original, `auto` and `naive` uncompiled.
+Variants: the original; the rewrite under each schedule; `backend`, the model attached and compiled by
+backend="attnres"; `naive`, the usual way to write the method, a stack of all sources and two einsums in each read. All
+are compiled; --eager adds the original, `auto` and `naive` uncompiled.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from benchmarks.machine import machine_facts, synchronize  # noqa: E402
 from examples.gpt import GPT, Layer  # noqa: E402
 
 SCHEDULES = ("direct", "two_phase", "auto")
-VARIANTS = ("original", *SCHEDULES, "naive")
+VARIANTS = ("original", *SCHEDULES, "backend", "naive")
+COMPILED = ("original", "auto", "backend", "naive")
 VOCABULARY = 8192
 
 
@@ -92,10 +94,17 @@ def build(variant: str, options: argparse.Namespace) -> tuple[nn.Module, Tensor]
         block_size = 2 * options.layers // options.blocks
         return NaiveGPT(block_size=block_size, **sizes).to(options.device, dtype), ids
     model = GPT(**sizes).to(options.device, dtype)
-    if variant != "original":
+    if variant == "backend":
+        ar.attach(model, ar.AttnResConfig(num_blocks=options.blocks), (ids,))
+    elif variant != "original":
         config = ar.AttnResConfig(num_blocks=options.blocks, schedule=variant)
         return ar.rewrite(model, (ids,), config=config, verify=False, dynamic_shapes={}), ids
     return model, ids
+
+
+def compiled(variant: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    backend = "attnres" if variant == "backend" else "inductor"
+    return torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
 
 def steps_of(model: nn.Module, run: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, Callable[[], None]]:
@@ -118,7 +127,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     steps: dict[str, dict[str, Callable[[], None]]] = {}
     for name in VARIANTS:
         model, ids = build(name, options)
-        steps[name] = steps_of(model, torch.compile(model, fullgraph=True, dynamic=False), ids)
+        steps[name] = steps_of(model, compiled(name, model), ids)
         if options.eager and name in ("original", "auto", "naive"):
             steps[f"{name}, eager"] = steps_of(model, model, ids)
     rows: list[dict[str, Any]] = []
@@ -166,7 +175,7 @@ def compile_seconds(variant: str, arguments: list[str]) -> float:
 
 def compile_only(variant: str, options: argparse.Namespace) -> None:
     model, ids = build(variant, options)
-    step = steps_of(model, torch.compile(model, fullgraph=True, dynamic=False), ids)["train"]
+    step = steps_of(model, compiled(variant, model), ids)["train"]
     print(timed(step, options.device))
 
 
@@ -193,7 +202,7 @@ def main() -> None:
         return
     rows = measure(options)
     if not options.no_compile_times:
-        seconds = {variant: compile_seconds(variant, sys.argv[1:]) for variant in ("original", "auto", "naive")}
+        seconds = {variant: compile_seconds(variant, sys.argv[1:]) for variant in COMPILED}
         for variant, value in seconds.items():
             ratio = value / seconds["original"]
             rows.append({"step": "compile", "variant": variant, "ms": 1e3 * value, "ratio": ratio})

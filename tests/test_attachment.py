@@ -190,6 +190,23 @@ def test_on_the_meta_device():
     assert all(parameter.is_meta for parameter in ar.attnres_parameters(model))
 
 
+@pytest.mark.parametrize("name", ["Llama", "T5", "ViT"])
+def test_a_transformers_model_needs_no_inputs(name):
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    make = {
+        "Llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=50)),
+        "T5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        ),
+        "ViT": lambda: transformers.ViTForImageClassification(
+            transformers.ViTConfig(**small, image_size=32, patch_size=16)
+        ),
+    }
+    report = ar.attach(make[name](), ar.AttnResConfig(num_blocks=2))
+    assert [stream.num_updates for stream in report.streams] == ([4, 6] if name == "T5" else [4])
+
+
 class TestBadInput:
     def test_twice(self, attached):
         with pytest.raises(ar.AlreadyRewrittenError, match="detach"):
