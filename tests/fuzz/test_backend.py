@@ -1,0 +1,71 @@
+"""Generated networks through torch.compile(backend="attnres"): what rewrite() computes, with gradients, in both modes.
+
+12 networks by default, 500 with `-m slow`. Random numbers are drawn in the same order, so a seed gives both the same.
+Some of the networks cast to float32, so that is what all run in: a wrong graph is off by far more than rounding.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import attnres_rewrite as ar
+
+from .check import is_random, random_config
+from .networks import build
+from .specs import random_spec
+
+LIMIT = 1e-3
+
+
+def results(model: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Return the outputs of a seeded call, and the gradients of a weighted sum of them."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    outputs = [leaf for leaf in pytree.tree_leaves(model(*args)) if isinstance(leaf, Tensor)]
+    generator = torch.Generator().manual_seed(4)
+    weighted = [
+        (out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs if out.requires_grad
+    ]
+    torch.stack(weighted).sum().backward()
+    return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# the experts of some networks pick tokens by torch.nonzero, at which Dynamo ends a graph otherwise
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def check(seed: int) -> None:
+    """Compare one network, compiled, with its rewrite."""
+    torch._dynamo.reset()
+    spec = random_spec(seed)
+    made = build(spec)
+    args, model, config = made.args, made.model, random_config(spec, made)
+    new = ar.rewrite(copy.deepcopy(model), args, config=config, dynamic_shapes={}, verify=False)
+    ar.attach(model, config, args)
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    new.load_state_dict(model.state_dict())
+    model.compile(backend="attnres", options={"backend": "aot_eager"})
+    for training in (True, False) if is_random(spec) else (model.training,):
+        found, wanted = results(model.train(training), args), results(new.train(training), args)
+        assert len(found[0]) == len(wanted[0])
+        for one, other in zip(found[0], wanted[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=LIMIT, atol=LIMIT * other.abs().max().item())
+        assert found[1].keys() == wanted[1].keys()
+        largest = max(gradient.abs().max().item() for gradient in wanted[1].values())
+        for name, gradient in wanted[1].items():
+            assert (found[1][name] - gradient).abs().max().item() <= LIMIT * largest, name
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_networks(seed: int) -> None:
+    check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12, 500))
+def test_many_networks(seed: int) -> None:
+    check(seed)
