@@ -5,6 +5,7 @@ Some of the networks cast to float32, so that is what all run in: a wrong graph 
 """
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -50,7 +51,14 @@ def check(seed: int) -> None:
     new.load_state_dict(model.state_dict())
     model.compile(backend="attnres", options={"backend": "aot_eager"})
     for training in (True, False) if is_random(spec) else (model.training,):
-        found, wanted = results(model.train(training), args), results(new.train(training), args)
+        try:
+            found = results(model.train(training), args)
+        except RuntimeError as error:
+            # aot_eager keeps views of what it made contiguous or not: then the original fails alike
+            with pytest.raises(RuntimeError, match=re.escape(str(error))), ar.original(model):
+                results(model, args)
+            continue
+        wanted = results(new.train(training), args)
         assert len(found[0]) == len(wanted[0])
         for one, other in zip(found[0], wanted[0], strict=True):
             torch.testing.assert_close(one, other, rtol=LIMIT, atol=LIMIT * other.abs().max().item())
