@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright
+DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright accelerate peft
 # More packages for the tests, such as timm: make test-all EXTRA_PACKAGES=timm
 EXTRA_PACKAGES ?=
 # One thread a worker: threads that wait for each other's cores make the tests five times slower

@@ -51,7 +51,14 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
 
     Raises:
         ArtifactError: The folder exists, or the model holds something that cannot be saved.
+        TypeError: `new` is no rewrite.
     """
+    # callers are not all type-checked
+    if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"save() writes what rewrite() returned; this is a {type(new).__name__}. An attached model is saved like "
+            "any model: save_pretrained(), or its state_dict()"
+        )
     target = Path(folder).absolute()
     _refuse_to_overwrite(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from torch import nn
 from attnres_rewrite.api import plan_program, report_plans
 from attnres_rewrite.capture import capture, refuse_rewritten
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
-from attnres_rewrite.errors import NotAttachedError, NotCompiledError, explain
+from attnres_rewrite.errors import ArtifactError, NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters
@@ -72,6 +72,7 @@ def attach(
 
     Raises:
         AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten.
+        ArtifactError: The folder the model came from has queries of other reads.
         RewriteError: A refusal, as of `rewrite`.
         ValueError: No example inputs, or `config` contradicts the model's own config.
         TypeError: `model` is not a module that can be changed.
@@ -85,13 +86,19 @@ def attach(
     add_parameters(model, planned.plans, config)
     attachment = Attachment(config, tuple(_attached_stream(plan) for plan in planned.plans))
     _become(model, attachment)
-    _take_up_checkpoint(model, config)
+    try:
+        _take_up_checkpoint(model, config)
+    except ArtifactError:
+        detach(model)
+        raise
     _register_backend()
     return report
 
 
 def detach(model: nn.Module) -> None:
     """Take off what attach() added: the queries and gains are gone, and the model is of its own class again.
+
+    It is uncompiled, too, if it was compiled by `model.compile`.
 
     Args:
         model: An attached model, or a module that holds one.
@@ -105,6 +112,8 @@ def detach(model: nn.Module) -> None:
                 owner = part.get_submodule(read.name.rpartition("attn_res.")[0].rstrip("."))
                 owner._modules.pop("attn_res", None)
         part.__class__ = part._attnres_base
+        # of model.compile(backend="attnres"), which would refuse the model from now on
+        part._compiled_call_impl = None
         for field in ("_attnres_facts", "_attnres_names", "_attnres_original"):
             part.__dict__.pop(field, None)
         if is_huggingface(part):
@@ -231,6 +240,11 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
             "  rewrite(model) gives a module that can be"
         )
     parameters = [_parameter(model, name) for name in model._attnres_names]
+    if any(hasattr(parameter, "placements") for parameter in parameters):
+        raise NotCompiledError(
+            "the parameters of an attached model are sharded (DTensor), which the backend cannot put into one graph\n"
+            "  replicate them: DistributedDataParallel works"
+        )
     return mark_inputs(parameters, model._attnres_facts, args, kwargs)
 
 

@@ -171,7 +171,7 @@ def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
             "a graph break cuts the stream",
             where,
             f"{_first_paragraph(str(reason.reason))}\n  {seen}",
-            "fullgraph=True makes torch say so at once; torch._dynamo.explain(model)(inputs) lists every break.",
+            "TORCH_LOGS=graph_breaks in the environment makes torch list every break.",
         )
     )
 

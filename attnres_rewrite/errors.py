@@ -13,6 +13,7 @@ RewriteError                  a refusal: the model was understood, and the rewri
   NotCompiledError            an attached model was about to run as the network it was before
   StreamMismatchError         a compiled call has another stream than attach() found
   ProofError                  a proof failed: the rewritten graph is not the function it must be
+  PartitionError              a rewritten model cannot be cut into these pipeline stages
   ModelSpecError              a MODEL argument of the command line gives no model
   ArtifactError               a saved folder is damaged, foreign, or would be overwritten
 
@@ -72,6 +73,10 @@ class StreamMismatchError(RewriteError):
 
 class ProofError(RewriteError):
     """The rewritten graph does not compute what a proof demands."""
+
+
+class PartitionError(RewriteError):
+    """A rewritten model cannot be cut into the pipeline stages that were asked for."""
 
 
 class ModelSpecError(RewriteError):

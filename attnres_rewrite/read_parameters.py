@@ -1,5 +1,6 @@
 """The queries and gains of a model's reads: to hand to an optimizer, to load alone."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,14 +41,14 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
     """
     wanted = _named(model)
     found = source if isinstance(source, Mapping) else _read(Path(source))
-    found = {name: value for name, value in found.items() if _is_of_read(name)}
+    found = {plain: value for name, value in found.items() if (plain := _plain_name(name)) is not None}
     for missing, which in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has")):
         if missing:
             raise ArtifactError(
                 explain(
                     f"the checkpoint {which} {sorted(missing)[0]}, one of {len(missing)} queries and gains",
                     None if isinstance(source, Mapping) else str(source),
-                    f"The model has {len(wanted)} of them, the checkpoint {len(found)}.",
+                    f"The model has {len(wanted)}, {_first(wanted)}; the checkpoint {len(found)}, {_first(found)}.",
                     "It was attached or rewritten from another model, or not at all.",
                 )
             )
@@ -59,13 +60,18 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
             parameter.copy_(found[name])
 
 
+def _first(names: Mapping[str, Tensor]) -> str:
+    return f"the first is {sorted(names)[0]}" if names else "none at all"
+
+
 def holds_attnres_parameters(folder: Path) -> bool:
     """Say whether the safetensors files of a folder hold queries."""
-    return any(_is_of_read(name) for path in folder.glob("*.safetensors") for name in _names(path))
+    return any(_plain_name(name) for path in folder.glob("*.safetensors") for name in _names(path))
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    found = {name: parameter for name, parameter in model.named_parameters() if _is_of_read(name)}
+    named = ((_plain_name(name), parameter) for name, parameter in model.named_parameters())
+    found = {name: parameter for name, parameter in named if name is not None}
     if not found:
         raise NotAttachedError(
             explain(f"{type(model).__name__} has no reads", remedy="Add them: attnres_rewrite.attach(model, config)")
@@ -73,9 +79,14 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _is_of_read(name: str) -> bool:
-    path = name.split(".")
-    return len(path) >= 3 and path[-3] == "attn_res" and path[-2].isdigit() and path[-1] in ("query", "key_norm")
+# PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]
+_OF_READ = re.compile(r"(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm))")
+
+
+def _plain_name(name: str) -> str | None:
+    """Return the name that attach() gave a query or gain, or None for any other parameter."""
+    found = _OF_READ.fullmatch(name)
+    return found["owner"] + found["read"] if found else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -85,7 +96,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            found |= {name: weights.get_tensor(name) for name in weights.keys() if _is_of_read(name)}  # noqa: SIM118
+            found |= {name: weights.get_tensor(name) for name in weights.keys() if _plain_name(name)}  # noqa: SIM118
     return found
 
 

@@ -44,6 +44,14 @@ def test_a_loaded_rewrite_is_proven_again_and_saved_again(saved, tmp_path):
     assert [p.name for p in ar.verify(twice).proofs] == ["original", "independent"] * 2
 
 
+def test_an_attached_model_is_no_rewrite(tmp_path):
+    model = gpt()
+    ar.attach(model, None, (ids(),))
+    with pytest.raises(TypeError, match="state_dict"):
+        ar.save(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_but_json_and_safetensors_is_written(saved):
     assert sorted(path.name for path in saved.iterdir()) == [
         "attnres.json",

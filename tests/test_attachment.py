@@ -105,10 +105,12 @@ def test_original_of_a_compiled_model(attached):
 
 def test_detach_leaves_nothing_behind(attached):
     before = Gpt()
+    attached.compile(**QUICK)
+    attached(ids)
     ar.detach(attached)
     assert type(attached) is Gpt
     assert attached.state_dict().keys() == before.state_dict().keys()
-    assert attached.__dict__.keys() == before.__dict__.keys()
+    assert attached.__dict__.keys() - {"_compiled_call_impl"} == before.__dict__.keys()
     assert [name for name, _ in attached.named_modules()] == [name for name, _ in before.named_modules()]
     attached(ids)
     ar.attach(attached, CONFIG, (ids,))

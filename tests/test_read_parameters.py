@@ -117,6 +117,29 @@ class TestHuggingFace:
         with pytest.warns(UserWarning, match="load_attnres_parameters"):
             ar.attach(again)
 
+    def test_queries_of_another_class_are_refused_and_nothing_stays_attached(self, llama, tmp_path):
+        ar.attach(llama, ar.AttnResConfig(num_blocks=3))
+        llama.save_pretrained(tmp_path)
+        body = pytest.importorskip("transformers").LlamaModel.from_pretrained(tmp_path)
+        with pytest.raises(ar.ArtifactError, match=r"the checkpoint 8, the first is model\.attn_res\.0"):
+            ar.attach(body)
+        with pytest.raises(ar.NotAttachedError):
+            ar.attnres_parameters(body)
+
+    # peft asks transformers for an attribute by its old name
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+    def test_an_adapter_that_keeps_its_own(self, llama):
+        peft = pytest.importorskip("peft")
+        ar.attach(llama, ar.AttnResConfig(num_blocks=3))
+        state = {name: value + 1.0 for name, value in llama.state_dict().items()}
+        lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["attn_res"])
+        adapted = peft.get_peft_model(llama, lora)
+        found = ar.attnres_parameters(adapted)
+        assert len(found) == 8
+        assert all(parameter.requires_grad for parameter in found)
+        ar.load_attnres_parameters(llama, state)
+        assert all(parameter.ne(0).all() for parameter in ar.attnres_parameters(adapted))
+
     def test_detach_forgets_the_config(self, llama):
         ar.attach(llama, ar.AttnResConfig(num_blocks=3))
         ar.detach(llama)

@@ -1,0 +1,314 @@
+"""Cut a rewritten graph into the stages of a pipeline, with everything that crosses a cut made explicit.
+
+    forward(ids): x0 = embed(ids); x1 = x0 + f(x0); h = read([x0, x1'])  |  y = head(h)          one cut
+    ->  stage 0 (ids) -> x0, x1'        stage 1 (x0, x1') -> y
+
+Each value that is used behind a cut is one of these:
+
+replicated   parameters, buffers and constants (get_attr), and inputs of the model: every stage that needs one has it
+recomputed   what depends on replicated values alone and draws no random numbers (rotary tables, masks), and cheap
+             element-wise results whose inputs cross anyway: a minimum cut over the bytes finds what to carry instead
+carried      the rest: a `Value`, which a plan of routes sends, caches or relays (pipeline/planner.py)
+
+Blocks and partial sums are found as such values, they are not looked for. Runs before schedule_reads: a batched
+phase 1 would make results for reads of later stages. Each stage is scheduled and fused by itself.
+
+Does not handle: values of dynamic shape, writes into a value that another stage made, and tuples that cross (their
+items do). A parameter that several stages use is copied into each; its gradients have to be added up.
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import fx, nn
+
+from attnres_rewrite.errors import PartitionError, explain
+from attnres_rewrite.fxgraph import op_name, place_of, tensor_of, written_inputs
+from attnres_rewrite.inputs import check_inputs
+from attnres_rewrite.passes.carriers import CASTS, VIEWS
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedValue:
+    """A tensor that is made in one stage and read in later ones."""
+
+    name: str
+    node: fx.Node
+    made: int
+    readers: frozenset[int]
+    num_bytes: int
+    has_gradient: bool  # a trainable parameter feeds it
+
+
+@dataclass(frozen=True, slots=True)
+class StageGraph:
+    """One stage: `module(*inputs, *reads)` returns a tuple of `makes`; the last one the outputs of the graph, flat."""
+
+    module: fx.GraphModule
+    inputs: tuple[str, ...]  # inputs of the model that this stage takes
+    reads: tuple[str, ...]  # names of carried values
+    makes: tuple[str, ...]
+    recomputed: tuple[str, ...]  # names of nodes that another stage computes, too
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The stages of one graph. `tied` maps each parameter that several stages use to those stages."""
+
+    stages: tuple[StageGraph, ...]
+    values: tuple[CarriedValue, ...]
+    tied: Mapping[str, tuple[int, ...]]
+
+
+def partition(graph: fx.Graph, root: nn.Module, cuts: Sequence[fx.Node]) -> Partition:
+    """Cut the graph before each of `cuts`; neither it nor `root`, which holds its parameters, is changed.
+
+    Raises:
+        PartitionError: The cuts are not in the order of the graph, a stage would own no parameter, or something that
+            cannot be carried crosses a cut.
+    """
+    stages = _Stages(graph, root, cuts)
+    carried = _carried(stages)
+    needs = [_needs(stages, carried, stage) for stage in range(stages.count)]
+    values = _values(stages, carried, needs)
+    built = tuple(_build(stages, need, values, number) for number, need in enumerate(needs))
+    _refuse_without_parameters(built)
+    owners: dict[str, list[int]] = {}
+    for number, stage in enumerate(built):
+        for name, _ in stage.module.named_parameters(remove_duplicate=False):
+            owners.setdefault(name, []).append(number)
+    tied = {name: tuple(used) for name, used in owners.items() if len(used) > 1}
+    return Partition(built, tuple(values.values()), tied)
+
+
+class _Stages:
+    """Which stage computes each node; nodes in no stage are replicated or computed wherever they are needed."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, cuts: Sequence[fx.Node]) -> None:
+        self.nodes = [node for node in graph.nodes if node.target is not check_inputs]
+        self.root, self.count = root, len(cuts) + 1
+        self.position = {node: position for position, node in enumerate(self.nodes)}
+        places = [self.position[cut] for cut in cuts]
+        if places != sorted(set(places)):
+            raise PartitionError(f"the cuts at nodes {places} are not in the order of the graph")
+        self.free = _free(self.nodes, root)
+        self.of: dict[fx.Node, int] = {}
+        stage = 0
+        for position, node in enumerate(self.nodes):
+            while stage < len(places) and position >= places[stage]:
+                stage += 1
+            if node.op == "output":
+                self.of[node] = self.count - 1
+            elif node not in self.free and node.op == "call_function":
+                producer = node.args[0] if node.target is operator.getitem else None
+                self.of[node] = self.of.get(producer, stage) if isinstance(producer, fx.Node) else stage
+        for node in self.nodes:
+            self._refuse_write(node)
+
+    def _refuse_write(self, node: fx.Node) -> None:
+        for written in written_inputs(node):
+            if self.of.get(written, self.of.get(node)) != self.of.get(node):
+                raise PartitionError(
+                    explain(
+                        f"{op_name(node)} writes into a value that an earlier stage made",
+                        place_of(node),
+                        "The stage works on a copy that was sent to it: the write would be lost.",
+                        "Move the cut, or write the operation out of place.",
+                    )
+                )
+
+    def crossing(self) -> Iterator[fx.Node]:
+        """Yield the nodes that a later stage uses."""
+        for node, stage in self.of.items():
+            if any(self.of.get(user, stage) > stage for user in node.users):
+                yield node
+
+
+def _free(nodes: Sequence[fx.Node], root: nn.Module) -> set[fx.Node]:
+    """Return what every stage can have for itself: replicated, or computed from that without parameters or chance."""
+    free: set[fx.Node] = set()
+    for node in nodes:
+        if node.op in ("placeholder", "get_attr"):
+            free.add(node)
+        elif node.op == "call_function" and not _draws(node) and not written_inputs(node):
+            inputs = node.all_input_nodes
+            if all(entry in free for entry in inputs) and not any(
+                _parameter(root, entry) is not None for entry in inputs
+            ):
+                free.add(node)
+    return free
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _parameter(root: nn.Module, node: fx.Node) -> nn.Parameter | None:
+    if node.op != "get_attr":
+        return None
+    value: object = root
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, nn.Parameter) else None
+
+
+# computed anew behind a cut where that saves bytes: one pass over what they read
+_CHEAP = (
+    CASTS
+    | VIEWS
+    | frozenset(
+        "add sub mul div neg square pow mean rsqrt sqrt reciprocal sigmoid silu gelu relu tanh exp clamp".split()
+    )
+)
+
+
+def _carried(stages: _Stages) -> set[fx.Node]:
+    """Choose the values to carry: the fewest bytes that cut every way from what is costly to what is behind a cut."""
+    flow: nx.DiGraph = nx.DiGraph()
+    for node, stage in stages.of.items():
+        value = tensor_of(node)
+        if node.op == "output":
+            continue
+        # without a capacity an edge cannot be cut
+        size = {} if value is None else {"capacity": value.numel() * value.element_size()}
+        flow.add_edge((node, "in"), (node, "out"), **size)
+        again = [entry for entry in node.all_input_nodes if entry in stages.of]
+        if _is_costly(stages.root, node) or not again:
+            flow.add_edge("made", (node, "in"))
+        else:
+            for entry in again:
+                flow.add_edge((entry, "out"), (node, "in"))
+        if any(stages.of.get(user, stage) > stage for user in node.users):
+            flow.add_edge((node, "out"), "used")
+    if "used" not in flow:
+        return set()
+    try:
+        _, (near, _) = nx.minimum_cut(flow, "made", "used")
+    except nx.NetworkXUnbounded as error:
+        raise PartitionError(_not_a_tensor(stages)) from error
+    return {node for node in stages.of if (node, "in") in near and (node, "out") in flow and (node, "out") not in near}
+
+
+def _is_costly(root: nn.Module, node: fx.Node) -> bool:
+    if op_name(node) not in _CHEAP or _draws(node) or written_inputs(node):
+        return True
+    return any(_parameter(root, entry) is not None for entry in node.all_input_nodes)
+
+
+def _not_a_tensor(stages: _Stages) -> str:
+    node = next(node for node in stages.crossing() if tensor_of(node) is None)
+    return explain(
+        f"{op_name(node)} is used behind a cut and is not one tensor",
+        place_of(node),
+        "Only tensors are sent from stage to stage.",
+        "Move the cut.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What one stage takes and computes, in the order of the graph."""
+
+    inputs: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    computed: tuple[fx.Node, ...]
+
+
+def _needs(stages: _Stages, carried: set[fx.Node], stage: int) -> _Needs:
+    inputs: set[fx.Node] = set()
+    reads: set[fx.Node] = set()
+    computed: set[fx.Node] = set()
+    todo = [node for node, own in stages.of.items() if own == stage and node.op != "output"]
+    if stage == stages.count - 1:
+        todo += stages.nodes[-1].all_input_nodes
+    while todo:
+        node = todo.pop()
+        if node in inputs or node in reads or node in computed:
+            continue
+        if node.op == "placeholder":
+            inputs.add(node)
+        elif node in carried and stages.of[node] < stage:
+            reads.add(node)
+        else:
+            computed.add(node)
+            todo += node.all_input_nodes
+
+    def ordered(chosen: set[fx.Node]) -> tuple[fx.Node, ...]:
+        return tuple(sorted(chosen, key=stages.position.__getitem__))
+
+    return _Needs(ordered(inputs), ordered(reads), ordered(computed))
+
+
+def _values(stages: _Stages, carried: set[fx.Node], needs: Sequence[_Needs]) -> dict[fx.Node, CarriedValue]:
+    trainable = _trainable(stages)
+    found: dict[fx.Node, CarriedValue] = {}
+    for node in sorted(carried, key=stages.position.__getitem__):
+        readers = frozenset(stage for stage, need in enumerate(needs) if node in need.reads)
+        value = tensor_of(node)
+        assert value is not None
+        if readers:
+            num_bytes = int(value.numel()) * value.element_size()
+            found[node] = CarriedValue(node.name, node, stages.of[node], readers, num_bytes, node in trainable)
+    return found
+
+
+def _trainable(stages: _Stages) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in stages.nodes:
+        parameter = _parameter(stages.root, node)
+        value = tensor_of(node)
+        floats = value is None or value.dtype.is_floating_point
+        if (parameter is not None and parameter.requires_grad) or (
+            floats and any(entry in found for entry in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def _build(stages: _Stages, need: _Needs, values: Mapping[fx.Node, CarriedValue], number: int) -> StageGraph:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in (*need.inputs, *need.reads):
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in need.computed:
+        copies[node] = graph.node_copy(node, lambda old: copies[old])
+        copies[node].meta = dict(node.meta)
+    made = [value for value in values.values() if value.made == number]
+    if number == stages.count - 1:
+        graph.output(fx.map_arg(stages.nodes[-1].args[0], lambda old: copies[old]))
+    else:
+        graph.output(tuple(_owned(graph, copies[value.node]) for value in made))
+    graph.lint()
+    return StageGraph(
+        fx.GraphModule(stages.root, graph, class_name=f"Stage{number}"),
+        tuple(str(node.target) for node in need.inputs),
+        tuple(values[node].name for node in need.reads),
+        tuple(value.name for value in made),
+        tuple(node.name for node in need.computed if node.op == "call_function" and stages.of.get(node) != number),
+    )
+
+
+def _owned(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Return a value that is no view of another: a schedule that splits the backward detaches outputs in place."""
+    if node.op != "placeholder" and op_name(node) not in VIEWS | CASTS:
+        return node
+    copy = graph.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _refuse_without_parameters(stages: Sequence[StageGraph]) -> None:
+    for number, stage in enumerate(stages):
+        if not any(True for _ in stage.module.parameters()):
+            raise PartitionError(
+                explain(
+                    f"stage {number} of {len(stages)} would own no parameter",
+                    None,
+                    "It would have nothing to compute or to train.",
+                    "Use fewer stages, or other cuts.",
+                )
+            )
