@@ -16,6 +16,7 @@ from attnres_rewrite.errors import (
     NotAttachedError,
     NotCompiledError,
     ParallelStreamsError,
+    PartitionError,
     PostNormError,
     ProofError,
     RewriteError,
@@ -23,6 +24,8 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.pipeline.plan import PipelinePlan, partition
+from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
 from attnres_rewrite.version import __version__
@@ -39,6 +42,8 @@ __all__ = [
     "NoStreamError",
     "NotAttachedError",
     "NotCompiledError",
+    "PartitionError",
+    "PipelinePlan",
     "ParallelStreamsError",
     "PostNormError",
     "ProofError",
@@ -55,6 +60,8 @@ __all__ = [
     "load",
     "load_attnres_parameters",
     "original",
+    "partition",
+    "placement_for",
     "reset_stats",
     "rewrite",
     "save",

@@ -229,7 +229,7 @@ def put_reads_in(
     program: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnResConfig
 ) -> tuple[tuple[ReadGroup, ...], tuple[FusedRead, ...]]:
     """Run the passes behind the plan: the graph of `program` is rewritten, its code is not generated anew."""
-    insert_reads(program, plans, config)
+    insert_reads(program.graph, plans, config)
     groups = schedule_reads(program.graph, config.schedule)
     return groups, fuse_reads(program.graph)
 

@@ -1,5 +1,6 @@
 """Plain facts about the nodes of a graph in ATen training IR: op, value, place, aliasing."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,12 @@ def _example_size(size: int | torch.SymInt) -> Any:
     if not isinstance(size, torch.SymInt):
         return size
     return size.node.expr if size.node.hint is None else int(size.node.hint)
+
+
+def num_bytes_of(node: object) -> int:
+    """Return the bytes of one tensor at the example inputs; 0 for what is none."""
+    value = tensor_of(node)
+    return 0 if value is None else math.prod(shape_of(node) or ()) * value.element_size()
 
 
 def symbolic_shape_of(node: object) -> tuple[int | str, ...] | None:

@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any, cast
 
 from attnres_rewrite.errors import ModelSpecError, explain
-from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 
 DEFAULT_FACTORIES = ("build", "model", "make_model", "get_model")
 BATCH, SEQ = 2, 16
@@ -102,6 +101,7 @@ def _load_folder(path: Path, meta: bool, batch: int | None, seq: int | None) -> 
             )
         )
     from attnres_rewrite.cli import huggingface
+    from attnres_rewrite.example_inputs import example_inputs
 
     model, notes = huggingface.build(path, meta=meta)
     inputs = example_inputs(model, batch or BATCH, seq or SEQ)
@@ -253,6 +253,8 @@ def _describe(value: object) -> str:
 def _with_inputs(spec: str, model: Any, where: str, batch: int | None, seq: int | None) -> Loaded:
     """Give a model that came alone its inputs."""
     from torch import nn
+
+    from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 
     if is_huggingface(model):
         return Loaded(model, (), example_inputs(model, batch or BATCH, seq or SEQ))

@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from attnres_rewrite import PipelinePlan
     from attnres_rewrite.report import CaptureReport, RewriteReport, StreamReport, VerifyReport
 
 Stage = Callable[[str], None]
@@ -219,6 +220,52 @@ def proofs(figures: "VerifyReport") -> None:
     console.print(table)
     for text in figures.notes:
         console.print(f"  note: {text}", soft_wrap=True)
+
+
+def pipeline(model: str, plan: "PipelinePlan") -> None:
+    """Print the stages of a plan, and what each mode carries."""
+    console = _console()
+    stages = (
+        f"{_many(plan.num_ranks, 'rank')} with {_many(plan.num_virtual, 'stage')} each, placed as a {plan.placement}"
+    )
+    console.print(Text.assemble((model, "bold"), f"  {stages}"), soft_wrap=True)
+    console.print(f"  {_many(plan.num_blocks, 'block')}; slowest stage {plan.balance:.2f} of the mean", soft_wrap=True)
+    table = _table("  stage", "rank", "modules", "parameters", "GFLOPs", "takes", "receives", "has stored", "sends")
+    for fact in plan.facts:
+        table.add_row(
+            f"  {fact.stage}",
+            str(fact.rank),
+            _span(fact.modules),
+            f"{fact.num_parameters:,}",
+            f"{fact.flops / 1e9:,.3f}",
+            ", ".join(fact.inputs) or "-",
+            str(len(fact.receives)),
+            str(len(fact.reads_from_store)),
+            str(len(fact.sends)),
+        )
+    console.print(table)
+    formulas = plan.formulas()
+    traffic = _table("  mode", "tensors", "formula", "per hop", "MB", "held by a rank, MB")
+    for mode, of in plan.traffic.items():
+        chosen = " (chosen)" if mode == plan.mode else ""
+        hops = " ".join(str(units) for units in of.per_hop_units)
+        held = max(of.held_bytes) / 1e6
+        row = (f"  {mode}{chosen}", str(of.total_units), f"{formulas[mode]:g}", hops)
+        traffic.add_row(*row, f"{of.total_bytes / 1e6:,.3f}", f"{held:,.3f}")
+    console.print(traffic)
+    console.print("  of one microbatch, forward; formulas count blocks alone, as if every stage made equally many")
+    for name, used in plan.tied.items():
+        console.print(f"  {name} is used in stages {', '.join(map(str, used))}: add up its gradients", soft_wrap=True)
+
+
+def _span(names: Sequence[str]) -> str:
+    """Name the modules of a stage, layers in a row by the first and the last."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    numbered = [name for name in names if name.rpartition(".")[2].isdigit()]
+    first, last = (numbered[0], numbered[-1]) if numbered else (names[0], names[-1])
+    rest = [name for name in names if name not in numbered]
+    return ", ".join([f"{first} to {last}", *rest])
 
 
 def _many(count: int, noun: str) -> str:

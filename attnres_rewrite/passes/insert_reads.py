@@ -23,14 +23,14 @@ from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream, Update
 aten = torch.ops.aten
 
 
-def insert_reads(gm: fx.GraphModule, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
-    """Rewrite the streams in the graph of `gm`; its code is not generated anew.
+def insert_reads(graph: fx.Graph, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
+    """Rewrite the streams in a graph.
 
-    `add_parameters` must have made the queries and gains.
+    `add_parameters` must have made the queries and gains on the module that owns it, if one does.
     """
     for plan in plans:
-        _rewrite_stream(gm.graph, plan, config)
-    gm.graph.lint()
+        _rewrite_stream(graph, plan, config)
+    graph.lint()
 
 
 def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:

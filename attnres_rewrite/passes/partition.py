@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import op_name, place_of, tensor_of, written_inputs
+from attnres_rewrite.fxgraph import num_bytes_of, op_name, place_of, tensor_of, written_inputs
 from attnres_rewrite.inputs import check_inputs
 from attnres_rewrite.passes.carriers import CASTS, VIEWS
 
@@ -173,7 +173,7 @@ def _carried(stages: _Stages) -> set[fx.Node]:
         if node.op == "output":
             continue
         # without a capacity an edge cannot be cut
-        size = {} if value is None else {"capacity": value.numel() * value.element_size()}
+        size = {} if value is None else {"capacity": num_bytes_of(node)}
         flow.add_edge((node, "in"), (node, "out"), **size)
         again = [entry for entry in node.all_input_nodes if entry in stages.of]
         if _is_costly(stages.root, node) or not again:
@@ -247,11 +247,8 @@ def _values(stages: _Stages, carried: set[fx.Node], needs: Sequence[_Needs]) -> 
     found: dict[fx.Node, CarriedValue] = {}
     for node in sorted(carried, key=stages.position.__getitem__):
         readers = frozenset(stage for stage, need in enumerate(needs) if node in need.reads)
-        value = tensor_of(node)
-        assert value is not None
         if readers:
-            num_bytes = int(value.numel()) * value.element_size()
-            found[node] = CarriedValue(node.name, node, stages.of[node], readers, num_bytes, node in trainable)
+            found[node] = CarriedValue(node.name, node, stages.of[node], readers, num_bytes_of(node), node in trainable)
     return found
 
 

@@ -23,7 +23,7 @@ def rewritten(model, args, config):
     add_parameters(planned.program, planned.plans, config)
     updates = [update.add for plan in planned.plans for update in plan.stream.updates]
     names = [add.name for add in updates]
-    insert_reads(planned.program, planned.plans, config)
+    insert_reads(planned.program.graph, planned.plans, config)
     planned.program.recompile()
     with torch.no_grad():
         for name, parameter in planned.program.named_parameters():

@@ -16,6 +16,8 @@ from tests.zoo.known import NEEDS_TIMM
 
 CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
+# Dynamo makes an instance of an autograd function
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 # what Dynamo writes in its own way: parallel adds, softcaps, experts, an autograd function, two streams, in-place adds

@@ -1,0 +1,221 @@
+"""partition(): a rewritten model -> the stages of a pipeline, and what it will send, before anything runs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import fx
+
+from attnres_rewrite.copying import copy_graph, map_plan
+from attnres_rewrite.errors import PartitionError, explain
+from attnres_rewrite.fxgraph import module_path
+from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.passes.fuse_reads import fuse_reads
+from attnres_rewrite.passes.insert_reads import insert_reads
+from attnres_rewrite.passes.partition import StageGraph
+from attnres_rewrite.passes.partition import partition as cut_graph
+from attnres_rewrite.passes.schedule_reads import schedule_reads
+from attnres_rewrite.pipeline.costs import Device, flops_of, seconds_of
+from attnres_rewrite.pipeline.cuts import Candidate, balanced_cuts, candidates, named_cuts
+from attnres_rewrite.pipeline.planner import (
+    MODES,
+    Mode,
+    Placement,
+    StageRoutes,
+    Traffic,
+    Value,
+    plan_routes,
+    ranks_of_stages,
+    traffic_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageFacts:
+    """One stage of a plan, for reading."""
+
+    stage: int
+    rank: int
+    modules: tuple[str, ...]  # numbered layers in it, and modules that are in no layer
+    num_parameters: int
+    flops: int  # forward, of one microbatch
+    seconds: float  # forward, estimated (pipeline/costs.py)
+    inputs: tuple[str, ...]
+    receives: tuple[str, ...]
+    reads_from_store: tuple[str, ...]
+    sends: tuple[str, ...]
+    recomputed: int  # nodes that another stage computes, too
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlan:
+    """Where a rewritten model is cut, what each stage does, and the traffic of each mode; `stages` can be run."""
+
+    num_ranks: int
+    num_virtual: int
+    placement: Placement
+    mode: Mode
+    stages: tuple[StageGraph, ...]
+    routes: tuple[StageRoutes, ...]
+    facts: tuple[StageFacts, ...]
+    traffic: Mapping[Mode, Traffic]
+    num_blocks: int  # finished blocks and embeddings that cross, of all streams
+    tied: Mapping[str, tuple[int, ...]]
+
+    @property
+    def balance(self) -> float:
+        """Seconds of the slowest stage, divided by the mean; 1 is perfect."""
+        seconds = [fact.seconds for fact in self.facts]
+        return max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else math.nan
+
+    def formulas(self) -> dict[Mode, float]:
+        """Return the units of each mode where every stage makes equally many blocks (arXiv 2603.15031, section 4.2)."""
+        p, v = self.num_ranks, self.num_virtual
+        per_stage = self.num_blocks / (p * v)
+        closed = {"naive": p * v * (p * v - 1) / 2, "paper": p * (p - 1) / 2 + (v - 1) * p * p}
+        return {
+            "naive": closed["naive"] * per_stage,
+            "paper": closed["paper"] * per_stage,
+            "exact": p * (p - 1) * (2 * v - 1) / 2 * per_stage,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values. A unit is one carried tensor of a microbatch, forward."""
+        formulas = self.formulas()
+        traffic = {
+            mode: {
+                "total_units": of.total_units,
+                "per_hop_units": list(of.per_hop_units),
+                "total_bytes": of.total_bytes,
+                "per_hop_bytes": list(of.per_hop_bytes),
+                "held_bytes": list(of.held_bytes),
+                "formula_units": formulas[mode],
+            }
+            for mode, of in self.traffic.items()
+        }
+        return {
+            "num_ranks": self.num_ranks,
+            "num_virtual": self.num_virtual,
+            "placement": self.placement,
+            "mode": self.mode,
+            "num_blocks": self.num_blocks,
+            "balance": self.balance,
+            "stages": [asdict(fact) for fact in self.facts],
+            "traffic": traffic,
+            "tied": {name: list(stages) for name, stages in self.tied.items()},
+        }
+
+
+def partition(
+    new: RewrittenModule,
+    num_ranks: int,
+    num_virtual: int = 1,
+    *,
+    cuts: Literal["balanced", "blocks"] | Sequence[str] = "balanced",
+    placement: Placement = "loop",
+    mode: Mode = "exact",
+    device: Device | None = None,
+) -> PipelinePlan:
+    """Cut a rewritten model into `num_ranks` times `num_virtual` pipeline stages, and plan what they exchange.
+
+    The model is not changed; the stages use its parameters. Sizes are those of its example inputs: one microbatch.
+
+    Args:
+        new: The result of `rewrite` or `load`, in the mode it is to run in. It may be on the meta device.
+        num_ranks: Processes, P.
+        num_virtual: Stages of each process, V.
+        cuts: "balanced" makes the slowest stage as fast as can be; "blocks" does so with cuts at ends of blocks only,
+            where no partial sum crosses; or the names of the modules that begin stages 1 to P * V - 1.
+        placement: "loop" puts stage c on rank c mod P, "v" turns back at the ends.
+        mode: What ranks keep: "exact", "paper" or "naive"; see pipeline/planner.py.
+        device: Speeds for the estimate of each stage's time.
+
+    Raises:
+        PartitionError: The model cannot be cut so, with the reason.
+        ValueError: A count, a placement, a mode or the number of names is wrong.
+    """
+    ranks = ranks_of_stages(num_ranks, num_virtual, placement)
+    device = device or Device()
+    graph = _unscheduled(new)
+    places, last = candidates(graph, device)
+    chosen = _chosen_cuts(cuts, places, last, graph, len(ranks))
+    parts = cut_graph(graph, new, [place.node for place in chosen])
+    values = [
+        Value(value.name, value.made, value.readers, value.num_bytes, value.has_gradient) for value in parts.values
+    ]
+    routes = plan_routes(values, ranks, mode)
+    facts = tuple(_facts(stage, route, device) for stage, route in zip(parts.stages, routes, strict=True))
+    for stage in parts.stages:
+        schedule_reads(stage.module.graph, new.config.schedule)
+        fuse_reads(stage.module.graph)
+        stage.module.recompile()
+    return PipelinePlan(
+        num_ranks=num_ranks,
+        num_virtual=num_virtual,
+        placement=placement,
+        mode=mode,
+        stages=parts.stages,
+        routes=routes,
+        facts=facts,
+        traffic={each: traffic_of(values, ranks, each) for each in MODES},
+        num_blocks=_num_blocks(new),
+        tied=parts.tied,
+    )
+
+
+def _unscheduled(new: RewrittenModule) -> fx.Graph:
+    """Rewrite the original graph again, up to the schedule: a batched phase 1 would make results for later stages."""
+    program = new.programs[new.training]
+    graph, copies = copy_graph(program.original)
+    insert_reads(graph, [map_plan(plan, copies) for plan in program.plans], new.config)
+    return graph
+
+
+def _chosen_cuts(
+    cuts: str | Sequence[str], places: Sequence[Candidate], last: float, graph: fx.Graph, num_stages: int
+) -> list[Candidate]:
+    if num_stages - 1 > len(places):
+        raise PartitionError(
+            explain(
+                f"{num_stages} stages need {num_stages - 1} cuts, and the model has {len(places)} reads to cut at",
+                remedy="Use fewer ranks or virtual stages.",
+            )
+        )
+    if isinstance(cuts, str):
+        if cuts not in ("balanced", "blocks"):
+            raise ValueError(f"cuts={cuts!r} must be 'balanced', 'blocks' or a sequence of names of modules")
+        return balanced_cuts(places, last, num_stages, at_block_ends=cuts == "blocks")
+    if len(cuts) != num_stages - 1:
+        raise ValueError(f"{len(cuts)} names of modules cut a model into {len(cuts) + 1} stages, not {num_stages}")
+    return named_cuts(places, graph, cuts)
+
+
+def _num_blocks(new: RewrittenModule) -> int:
+    return sum(len(plan.blocks) for plan in new.programs[new.training].plans)
+
+
+def _facts(stage: StageGraph, route: StageRoutes, device: Device) -> StageFacts:
+    nodes = [node for node in stage.module.graph.nodes if node.op == "call_function"]
+    return StageFacts(
+        stage=route.stage,
+        rank=route.rank,
+        modules=tuple(dict.fromkeys(name for node in nodes if (name := _part_of(node)) is not None)),
+        num_parameters=sum(parameter.numel() for parameter in stage.module.parameters()),
+        flops=sum(flops_of(node) for node in nodes),
+        seconds=sum(seconds_of(node, device) for node in nodes),
+        inputs=stage.inputs,
+        receives=route.received,
+        reads_from_store=route.cached,
+        sends=route.sent,
+        recomputed=len(stage.recomputed),
+    )
+
+
+def _part_of(node: fx.Node) -> str | None:
+    """Name the numbered layer around a node that multiplies matrices, or the module itself where there is none."""
+    path = module_path(node)
+    if not flops_of(node) and "embedding" not in str(node.target):
+        return None
+    numbered = [fqn for fqn in path if fqn.rpartition(".")[2].isdigit()]
+    return numbered[0] if numbered else (path[-1] if path else None)

@@ -1,0 +1,40 @@
+"""The schedules of torch.distributed.pipelining: how each places stages on ranks, and how many it takes."""
+
+from dataclasses import dataclass
+
+from attnres_rewrite.pipeline.planner import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFacts:
+    """What a schedule asks of a plan. `num_virtual` None: two or more stages a rank."""
+
+    placement: Placement
+    num_virtual: int | None
+
+
+SCHEDULES = {
+    "GPipe": ScheduleFacts("loop", 1),
+    "1F1B": ScheduleFacts("loop", 1),
+    "Interleaved1F1B": ScheduleFacts("loop", None),
+    "LoopedBFS": ScheduleFacts("loop", None),
+    "InterleavedZeroBubble": ScheduleFacts("loop", None),
+    "ZBVZeroBubble": ScheduleFacts("v", 2),
+    "DualPipeV": ScheduleFacts("v", 2),
+}
+
+
+def placement_for(schedule: str, num_virtual: int) -> Placement:
+    """Return how a schedule places its stages.
+
+    Raises:
+        ValueError: The schedule is unknown, or takes another number of stages a rank.
+    """
+    facts = SCHEDULES.get(schedule)
+    if facts is None:
+        raise ValueError(f"schedule {schedule!r} must be one of {', '.join(SCHEDULES)}")
+    if facts.num_virtual not in (None, num_virtual):
+        raise ValueError(f"{schedule} runs {facts.num_virtual} stage(s) on a rank, not {num_virtual}")
+    if facts.num_virtual is None and num_virtual < 2:
+        raise ValueError(f"{schedule} interleaves two or more stages on a rank, not {num_virtual}; 1F1B takes one")
+    return facts.placement

@@ -1,0 +1,67 @@
+"""attnres-rewrite partition, with the real library."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
+
+
+def test_the_table(cli):
+    done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--blocks", 4)
+    assert done.code == 0
+    assert "2 ranks with 2 stages each, placed as a loop" in done.out
+    lines = [line.split() for line in done.out.splitlines()]
+    hops = {line[0]: line for line in lines if line and line[0] in ("naive", "paper", "exact")}
+    assert " ".join(hops["naive"][1:6]) == "9 6 2 3 4"
+    assert " ".join(hops["exact"][1:7]) == "(chosen) 4 3 2 1 1"
+
+
+def test_facts_and_the_file_are_the_same(cli, tmp_path):
+    target = tmp_path / "plan.json"
+    done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--blocks", 4, "--mode", "paper", "--json", "-o", target)
+    assert done.code == 0
+    facts = json.loads(done.out)
+    assert facts == json.loads(target.read_text())
+    assert facts["mode"] == "paper"
+    assert facts["traffic"]["exact"]["total_units"] == 4
+    assert facts["traffic"]["naive"]["per_hop_units"] == [2, 3, 4]
+    assert len(facts["stages"]) == 4
+
+
+def test_a_schedule_chooses_the_placement(cli):
+    done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--schedule", "ZBVZeroBubble", "--json")
+    assert json.loads(done.out)["placement"] == "v"
+
+
+def test_named_cuts(cli):
+    done = cli("partition", GPT, "--ranks", 3, "--cuts", "layers.2,layers.4", "--json")
+    stages = json.loads(done.out)["stages"]
+    assert [stage["modules"][0] for stage in stages][1:] == ["layers.2", "layers.4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--ranks", 40), 1, "40 stages need 39 cuts"),
+        (("--ranks", 2, "--cuts", "nothing"), 1, "no module is called nothing"),
+        (("--ranks", 2, "--schedule", "DualPipeV"), 2, "DualPipeV runs 2 stage(s) on a rank, not 1"),
+        (("--ranks", 0), 2, "at least 1"),
+        (("--ranks", 2, "--mode", "best"), 2, "'naive', 'paper', 'exact'"),
+    ],
+)
+def test_what_is_refused(cli, options, code, says):
+    done = cli("partition", GPT, *options)
+    assert done.code == code
+    assert says in " ".join(done.err.split())
+
+
+def test_a_file_that_is_there_stays(cli, tmp_path):
+    target = tmp_path / "plan.json"
+    target.write_text("mine")
+    done = cli("partition", GPT, "--ranks", 2, "-o", target)
+    assert done.code == 1
+    assert target.read_text() == "mine"
+    assert cli("partition", GPT, "--ranks", 2, "-o", target, "--force").code == 0
+    assert json.loads(target.read_text())["num_ranks"] == 2
