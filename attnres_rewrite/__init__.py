@@ -24,6 +24,7 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.pipeline.build import Pipeline, build_pipeline
 from attnres_rewrite.pipeline.plan import PipelinePlan, partition
 from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
@@ -43,6 +44,7 @@ __all__ = [
     "NotAttachedError",
     "NotCompiledError",
     "PartitionError",
+    "Pipeline",
     "PipelinePlan",
     "ParallelStreamsError",
     "PostNormError",
@@ -55,6 +57,7 @@ __all__ = [
     "VerifyReport",
     "attach",
     "attnres_parameters",
+    "build_pipeline",
     "detach",
     "inspect",
     "load",

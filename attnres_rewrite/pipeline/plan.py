@@ -57,6 +57,7 @@ class PipelinePlan:
     placement: Placement
     mode: Mode
     stages: tuple[StageGraph, ...]
+    values: tuple[Value, ...]  # what crosses, in the order of the wire
     routes: tuple[StageRoutes, ...]
     facts: tuple[StageFacts, ...]
     traffic: Mapping[Mode, Traffic]
@@ -156,6 +157,7 @@ def partition(
         placement=placement,
         mode=mode,
         stages=parts.stages,
+        values=tuple(values),
         routes=routes,
         facts=facts,
         traffic={each: traffic_of(values, ranks, each) for each in MODES},

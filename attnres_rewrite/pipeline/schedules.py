@@ -11,6 +11,7 @@ class ScheduleFacts:
 
     placement: Placement
     num_virtual: int | None
+    splits_backward: bool = False  # into gradients of inputs, and of weights later
 
 
 SCHEDULES = {
@@ -18,10 +19,21 @@ SCHEDULES = {
     "1F1B": ScheduleFacts("loop", 1),
     "Interleaved1F1B": ScheduleFacts("loop", None),
     "LoopedBFS": ScheduleFacts("loop", None),
-    "InterleavedZeroBubble": ScheduleFacts("loop", None),
-    "ZBVZeroBubble": ScheduleFacts("v", 2),
-    "DualPipeV": ScheduleFacts("v", 2),
+    "InterleavedZeroBubble": ScheduleFacts("loop", None, splits_backward=True),
+    "ZBVZeroBubble": ScheduleFacts("v", 2, splits_backward=True),
+    "DualPipeV": ScheduleFacts("v", 2, splits_backward=True),
 }
+
+
+def facts_of(schedule: str) -> ScheduleFacts:
+    """Return what a schedule asks of a plan.
+
+    Raises:
+        ValueError: torch has no schedule of this name, or it is none that this package runs.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} must be one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[schedule]
 
 
 def placement_for(schedule: str, num_virtual: int) -> Placement:
@@ -30,9 +42,7 @@ def placement_for(schedule: str, num_virtual: int) -> Placement:
     Raises:
         ValueError: The schedule is unknown, or takes another number of stages a rank.
     """
-    facts = SCHEDULES.get(schedule)
-    if facts is None:
-        raise ValueError(f"schedule {schedule!r} must be one of {', '.join(SCHEDULES)}")
+    facts = facts_of(schedule)
     if facts.num_virtual not in (None, num_virtual):
         raise ValueError(f"{schedule} runs {facts.num_virtual} stage(s) on a rank, not {num_virtual}")
     if facts.num_virtual is None and num_virtual < 2:

@@ -1,0 +1,206 @@
+"""build_pipeline(): the stages of one rank, on a schedule of torch.distributed.pipelining, ready to step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from attnres_rewrite.errors import PartitionError, explain
+from attnres_rewrite.fxgraph import shape_of, tensor_of
+from attnres_rewrite.passes.partition import StageGraph
+from attnres_rewrite.pipeline.plan import PipelinePlan
+from attnres_rewrite.pipeline.schedules import facts_of, placement_for
+from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class TiedParameter:
+    """A parameter of several stages: the copies on this rank, and the processes that have others."""
+
+    name: str
+    copies: tuple[nn.Parameter, ...]
+    group: Any  # a ProcessGroup, or None where all copies are on this rank
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What one rank runs. Call `schedule.step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
+
+    schedule: Any  # of torch.distributed.pipelining
+    stages: tuple[BlockCacheStage, ...]
+    store: RankStore
+    tied: tuple[TiedParameter, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of this rank's stages, for its optimizer."""
+        return [parameter for stage in self.stages for parameter in stage.submod.parameters()]
+
+    def reduce_tied_gradients(self) -> None:
+        """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
+
+        Every rank calls it after each step, before gradients are clipped: copies that start equal then stay equal.
+        """
+        for tied in self.tied:
+            known = [parameter.grad for parameter in tied.copies if parameter.grad is not None]
+            total = torch.stack(known).sum(0) if known else torch.zeros_like(tied.copies[0])
+            if tied.group is not None:
+                dist.all_reduce(total, group=tied.group)
+            for parameter in tied.copies:
+                parameter.grad = total.clone()
+
+
+def build_pipeline(
+    plan: PipelinePlan,
+    schedule: str = "Interleaved1F1B",
+    *,
+    n_microbatches: int,
+    device: torch.device | str,
+    loss_fn: Loss | None = None,
+    group: dist.ProcessGroup | None = None,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> Pipeline:
+    """Build this rank's part of a plan. Every rank of `group` calls it with the same plan.
+
+    Gradients are the mean over microbatches, as torch's schedules make them.
+
+    Args:
+        plan: Of `partition`; its sizes are those of one microbatch.
+        schedule: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
+        n_microbatches: Of one step.
+        device: Where this rank computes; its stages are moved there.
+        loss_fn: Called with what the model returns and the target of a microbatch; None runs forward only.
+        group: Processes of the pipeline; None is all.
+        wrap: Applied to the module of each stage, such as torch.compile.
+
+    Raises:
+        ValueError: The schedule does not fit the plan, or the group has another number of processes.
+        PartitionError: The model returns something that is not a tensor.
+    """
+    device = torch.device(device)
+    placement = placement_for(schedule, plan.num_virtual)
+    if placement != plan.placement:
+        raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
+    if facts_of(schedule).splits_backward and not all(value.has_gradient for value in plan.values):
+        raise PartitionError(
+            explain(
+                f"{schedule} splits the backward, and {_frozen(plan)} has no gradient: its parameters are frozen",
+                None,
+                "torch's split backward fails where a stage mixes a value without a gradient with others.",
+                "Use Interleaved1F1B or LoopedBFS, or train the embedding.",
+            )
+        )
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if size != plan.num_ranks:
+        raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
+    store, examples = RankStore(), value_examples(plan)
+    own = [routes.stage for routes in plan.routes if routes.rank == rank]
+    graphs = _with_own_parameters([plan.stages[number] for number in own])
+    stages: list[BlockCacheStage] = []
+    for number, graph in zip(own, graphs, strict=True):
+        is_first, is_last = number == 0, number == len(plan.stages) - 1
+        module: nn.Module = StageModule(graph, plan.routes[number], is_first=is_first, is_last=is_last).to(device)
+        stages.append(
+            BlockCacheStage(
+                wrap(module) if wrap else module,
+                plan.routes[number],
+                store,
+                examples,
+                number,
+                len(plan.stages),
+                device,
+                input_args=_inputs(graph) if is_first else (),
+                output_args=_outputs(graph) if is_last else (),
+                group=group,
+            )
+        )
+    made: Any = get_schedule_class(schedule)
+    return Pipeline(
+        schedule=made(stages if plan.num_virtual > 1 else stages[0], n_microbatches, loss_fn=loss_fn),
+        stages=tuple(stages),
+        store=store,
+        tied=_tied(plan, stages, rank, group),
+    )
+
+
+def _frozen(plan: PipelinePlan) -> str:
+    return next(value.name for value in plan.values if not value.has_gradient)
+
+
+def value_examples(plan: PipelinePlan) -> dict[str, Tensor]:
+    """Return a meta tensor for each value that crosses; it requires a gradient if something trainable feeds it."""
+    trainable = {value.name for value in plan.values if value.has_gradient}
+    return {
+        name: _meta(node, name in trainable)
+        for stage in plan.stages[:-1]
+        for name, node in zip(stage.makes, _returned(stage.module), strict=True)
+    }
+
+
+def _meta(node: object, requires_grad: bool) -> Tensor:
+    value, shape = tensor_of(node), shape_of(node)
+    if value is None or shape is None:
+        raise PartitionError(
+            explain(
+                "the model returns something that is not a tensor",
+                None,
+                "The last stage of a pipeline hands tensors to the loss.",
+                "Rewrite the model with inputs for which it returns tensors alone, such as use_cache=False.",
+            )
+        )
+    return torch.empty(shape, dtype=value.dtype, device="meta").requires_grad_(requires_grad)
+
+
+def _returned(module: fx.GraphModule) -> tuple[object, ...]:
+    return tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def _inputs(graph: StageGraph) -> tuple[Tensor, ...]:
+    nodes = {str(node.target): node for node in graph.module.graph.find_nodes(op="placeholder")}
+    return tuple(_meta(nodes[name], False) for name in graph.inputs)
+
+
+def _outputs(graph: StageGraph) -> tuple[Tensor, ...]:
+    found = _returned(graph.module)
+    return tuple(_meta(node, (value := tensor_of(node)) is not None and value.is_floating_point()) for node in found)
+
+
+def _with_own_parameters(graphs: list[StageGraph]) -> list[StageGraph]:
+    """Give each stage of a rank parameters of its own: torch scales the gradients of each stage."""
+    seen: set[int] = set()
+    for graph in graphs:
+        for name, parameter in list(graph.module.named_parameters()):
+            if id(parameter) in seen:
+                owner = graph.module.get_submodule(name.rpartition(".")[0])
+                twin = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                owner.register_parameter(name.rpartition(".")[2], twin)
+            seen.add(id(parameter))
+    return graphs
+
+
+def _tied(
+    plan: PipelinePlan, stages: list[BlockCacheStage], rank: int, group: dist.ProcessGroup | None
+) -> tuple[TiedParameter, ...]:
+    found: list[TiedParameter] = []
+    for name, used in plan.tied.items():
+        ranks = sorted({plan.routes[number].rank for number in used})
+        shared = _new_group(ranks, group) if len(ranks) > 1 else None
+        copies = tuple(
+            parameter
+            for stage in stages
+            for own, parameter in stage.submod.named_parameters()
+            if own.removeprefix("_orig_mod.").removeprefix("graph.") == name
+        )
+        if rank in ranks:
+            found.append(TiedParameter(name, copies, shared))
+    return tuple(found)
+
+
+def _new_group(ranks: list[int], group: dist.ProcessGroup | None) -> Any:
+    everywhere = [dist.get_global_rank(group, rank) if group is not None else rank for rank in ranks]
+    return dist.new_group(everywhere)

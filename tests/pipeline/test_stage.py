@@ -1,0 +1,181 @@
+"""One process plays every rank with the real stage class, in random legal orders of actions.
+
+Hops are the hand-over that torch uses between stages of one rank. No sockets, no second process.
+"""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+import attnres_rewrite as ar
+from attnres_rewrite.pipeline.build import value_examples
+from attnres_rewrite.pipeline.planner import MODES
+from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
+from tests.networks import VOCAB, Gpt
+
+ids = torch.arange(12).reshape(2, 6) % VOCAB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stages_of(plan: ar.PipelinePlan, num_microbatches: int) -> list[BlockCacheStage]:
+    count = len(plan.stages)
+    examples = value_examples(plan)
+    stores = [RankStore() for _ in range(plan.num_ranks)]
+    found = []
+    for number, (graph, routes) in enumerate(zip(plan.stages, plan.routes, strict=True)):
+        is_first, is_last = number == 0, number == count - 1
+        stage = BlockCacheStage(
+            StageModule(graph, routes, is_first=is_first, is_last=is_last),
+            routes,
+            stores[routes.rank],
+            examples,
+            number,
+            count,
+            torch.device("cpu"),
+            input_args=(torch.empty(ids.shape, dtype=torch.long, device="meta"),),
+            output_args=(torch.empty(*ids.shape, VOCAB, dtype=torch.float64, device="meta").requires_grad_(),),
+        )
+        prepare(stage, num_microbatches)
+        found.append(stage)
+    return found
+
+
+def prepare(stage: BlockCacheStage, num_microbatches: int) -> None:
+    """Do what a schedule does before its first step; private to torch, and not of the stage."""
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    stage.has_backward = True
+    stage._inference_mode = InferenceMode.STATIC
+    stage._prepare_forward_infra(num_microbatches, (ids,) if stage.is_first else None, None, has_backward=True)
+    stage._prepare_backward_infra(num_microbatches)
+
+
+def play(
+    stages: list[BlockCacheStage], inputs: Tensor, targets: Tensor, split: bool, draw: random.Random
+) -> list[Tensor]:
+    """Run forwards and backwards in a random order that respects what needs what."""
+    last, losses = len(stages) - 1, {}
+    ready = [("forward", 0, microbatch) for microbatch in range(len(inputs))]
+    while ready:
+        action, number, microbatch = ready.pop(draw.randrange(len(ready)))
+        stage = stages[number]
+        if action == "forward":
+            out = stage.forward_one_chunk(microbatch, (inputs[microbatch],) if number == 0 else ())
+            if number == last:
+                losses[microbatch] = loss_of(out, targets[microbatch])
+                ready.append(("backward", number, microbatch))
+            else:
+                stages[number + 1].set_local_fwd_input(out, microbatch)
+                ready.append(("forward", number + 1, microbatch))
+        elif action == "backward":
+            stage.backward_one_chunk(microbatch, loss=losses.get(microbatch), full_backward=not split)
+            if split:
+                ready.append(("weights", number, microbatch))
+            if number:
+                stages[number - 1].set_local_bwd_input(stage.get_local_bwd_output(microbatch), microbatch)
+                ready.append(("backward", number - 1, microbatch))
+        else:
+            stage.backward_weight_one_chunk(microbatch)
+    return [losses[microbatch].detach() for microbatch in range(len(inputs))]
+
+
+def loss_of(out: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(out.flatten(0, 1), target.flatten())
+
+
+def rewritten(config: ar.AttnResConfig, depth: int = 4, tied: bool = False) -> ar.RewrittenModule:
+    model = Gpt(depth=depth).double()
+    if not tied:
+        model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight))
+    new = ar.rewrite(model, (ids,), config=config, verify=False, dynamic_shapes={})
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(new):
+            parameter.add_(torch.randn_like(parameter))
+    return new
+
+
+def assert_learns_the_same(new: ar.RewrittenModule, plan: ar.PipelinePlan, seed: int, *, split: bool) -> None:
+    draw = random.Random(seed)
+    count = draw.randint(1, 4)
+    inputs, targets = torch.randint(0, VOCAB, (2, count, *ids.shape))
+    stages = stages_of(plan, count)
+    found = play(stages, inputs, targets, split, draw)
+    assert all(stage.store.is_empty for stage in stages)
+    gradients = {name: parameter.grad.clone() for name, parameter in new.named_parameters()}
+    new.zero_grad()
+    for microbatch, loss in enumerate(found):
+        wanted = loss_of(new(inputs[microbatch]), targets[microbatch])
+        wanted.backward()
+        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=1e-12)
+    for name, parameter in new.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-11, atol=1e-12)
+    new.zero_grad()
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("placement", ["loop", "v"])
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_gradients_are_those_of_the_model(mode, placement, split):
+    new = rewritten(ar.AttnResConfig(block_size=2))
+    for seed, (ranks, virtual) in enumerate([(2, 2), (3, 2), (2, 3), (4, 2)]):
+        plan = ar.partition(new, ranks, virtual, placement=placement, mode=mode)
+        assert_learns_the_same(new, plan, seed, split=split)
+
+
+def random_case(seed: int) -> None:
+    draw = random.Random(seed)
+    new = rewritten(ar.AttnResConfig(block_size=draw.choice([1, 2, 3, 5, 8])), tied=draw.random() < 0.3)
+    ranks, virtual = draw.choice([(1, 3), (2, 1), (2, 2), (2, 3), (3, 2), (4, 2)])
+    layers = [f"layers.{number}" for number in range(1, 4)]
+    cuts = "balanced" if ranks * virtual - 1 > 3 else sorted(draw.sample(layers, ranks * virtual - 1))
+    plan = ar.partition(new, ranks, virtual, cuts=cuts, placement=draw.choice(["loop", "v"]), mode=draw.choice(MODES))
+    assert_learns_the_same(new, plan, seed, split=draw.random() < 0.4)
+
+
+@pytest.mark.parametrize("first", range(0, 24, 6))
+def test_random_plans(first):
+    for seed in range(first, first + 6):
+        random_case(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(24, 500, 20))
+def test_many_random_plans(first):
+    for seed in range(first, min(first + 20, 500)):
+        random_case(seed)
+
+
+class TestDeposits:
+    KEY = (0, "block", 1)
+
+    def test_they_are_added_up(self):
+        store = RankStore()
+        for gradient in (torch.ones(2), None, torch.full((2,), 2.0)):
+            store.hand_in(self.KEY, gradient)
+        torch.testing.assert_close(store.collect(self.KEY, 3), torch.full((2,), 3.0))
+        assert store.is_empty
+
+    @pytest.mark.parametrize("expected", [0, 2])
+    def test_a_lost_or_a_doubled_one_raises(self, expected):
+        store = RankStore()
+        store.hand_in(self.KEY, torch.ones(2))
+        with pytest.raises(RuntimeError, match=f"1 gradients were handed in for block .* the plan has {expected}"):
+            store.collect(self.KEY, expected)
+
+    def test_one_tensor_that_is_handed_in_twice_is_not_written_into(self):
+        store, gradient = RankStore(), torch.ones(2)
+        for _ in range(3):
+            store.hand_in(self.KEY, gradient)
+        torch.testing.assert_close(gradient, torch.ones(2))
