@@ -14,7 +14,8 @@ import attnres_rewrite as ar
 from tests.networks import VOCAB, Gpt
 
 ids = torch.arange(12).reshape(2, 6) % VOCAB
-MICROBATCHES = 4
+# DualPipeV wants as many as there are stages
+MICROBATCHES = 8
 
 
 def loss_of(out, target):
