@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attnres_rewrite as ar
+from attnres_rewrite.errors import PartitionError
 from attnres_rewrite.pipeline.build import value_examples
 from attnres_rewrite.pipeline.planner import MODES
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
@@ -113,14 +114,14 @@ def assert_learns_the_same(new: ar.RewrittenModule, plan: ar.PipelinePlan, seed:
     stages = stages_of(plan, count)
     found = play(stages, inputs, targets, split, draw)
     assert all(stage.store.is_empty for stage in stages)
-    gradients = {name: parameter.grad.clone() for name, parameter in new.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in new.named_parameters() if p.requires_grad}
     new.zero_grad()
     for microbatch, loss in enumerate(found):
         wanted = loss_of(new(inputs[microbatch]), targets[microbatch])
         wanted.backward()
         torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=1e-12)
-    for name, parameter in new.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-11, atol=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, new.get_parameter(name).grad, rtol=1e-11, atol=1e-12)
     new.zero_grad()
 
 
@@ -132,6 +133,19 @@ def test_losses_and_gradients_are_those_of_the_model(mode, placement, split):
     for seed, (ranks, virtual) in enumerate([(2, 2), (3, 2), (2, 3), (4, 2)]):
         plan = ar.partition(new, ranks, virtual, placement=placement, mode=mode)
         assert_learns_the_same(new, plan, seed, split=split)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_parameters_send_no_gradients(mode):
+    new = rewritten(ar.AttnResConfig(block_size=2))
+    for module in (new.embed, new.layers.get_submodule("0")):
+        module.requires_grad_(False)
+    # a read's own parameters still learn
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "attn_res" in name)
+    plan = ar.partition(new, 2, 2, cuts="blocks", mode=mode)
+    assert not plan.values[0].has_gradient
+    assert_learns_the_same(new, plan, 0, split=False)
 
 
 def random_case(seed: int) -> None:
@@ -155,6 +169,42 @@ def test_random_plans(first):
 def test_many_random_plans(first):
     for seed in range(first, min(first + 20, 500)):
         random_case(seed)
+
+
+class TestBuild:
+    """What build_pipeline refuses; what it builds is run by test_build.py."""
+
+    def build(self, plan, schedule, **options):
+        return ar.build_pipeline(plan, schedule, n_microbatches=4, device="cpu", loss_fn=loss_of, **options)
+
+    def test_another_number_of_processes(self):
+        plan = ar.partition(rewritten(ar.AttnResConfig(block_size=2)), 2)
+        with pytest.raises(ValueError, match="for 2 ranks, the group has 1"):
+            self.build(plan, "1F1B")
+
+    def test_another_placement(self):
+        plan = ar.partition(rewritten(ar.AttnResConfig(block_size=2)), 1, 2)
+        with pytest.raises(ValueError, match="places stages as a v, the plan as a loop"):
+            self.build(plan, "ZBVZeroBubble")
+
+    @pytest.mark.parametrize(("schedule", "says"), [("1F1B", "runs 1 stage"), ("Fancy", "must be one of GPipe")])
+    def test_a_schedule_that_does_not_fit(self, schedule, says):
+        plan = ar.partition(rewritten(ar.AttnResConfig(block_size=2)), 1, 2)
+        with pytest.raises(ValueError, match=says):
+            self.build(plan, schedule)
+
+    def test_a_frozen_embedding_under_a_split_backward(self):
+        new = rewritten(ar.AttnResConfig(block_size=2))
+        new.embed.weight.requires_grad_(False)
+        plan = ar.partition(new, 1, 2)
+        with pytest.raises(PartitionError, match="splits the backward, and embedding has no gradient"):
+            self.build(plan, "InterleavedZeroBubble")
+
+    def test_one_process_runs_all_stages(self):
+        new = rewritten(ar.AttnResConfig(block_size=2))
+        pipeline = self.build(ar.partition(new, 1, 2), "LoopedBFS")
+        assert len(pipeline.stages) == 2
+        assert len(pipeline.parameters()) == len(list(new.parameters()))
 
 
 class TestDeposits:
