@@ -1,5 +1,7 @@
 """Rewrite the residual stream of any pre-norm transformer into Block Attention Residuals, and prove it."""
 
+from typing import TYPE_CHECKING, Any
+
 from attnres_rewrite.api import inspect, rewrite, verify
 from attnres_rewrite.artifact import load, save
 from attnres_rewrite.attachment import attach, detach, original
@@ -24,12 +26,14 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
-from attnres_rewrite.pipeline.build import Pipeline, build_pipeline
 from attnres_rewrite.pipeline.plan import PipelinePlan, partition
 from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
 from attnres_rewrite.version import __version__
+
+if TYPE_CHECKING:
+    from attnres_rewrite.pipeline.build import Pipeline, build_pipeline
 
 __all__ = [
     "__version__",
@@ -71,3 +75,12 @@ __all__ = [
     "stats",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch.distributed.pipelining when it is asked for: not every build of torch has it."""
+    if name in ("Pipeline", "build_pipeline"):
+        from attnres_rewrite.pipeline import build
+
+        return getattr(build, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """build_pipeline(): the stages of one rank, on a schedule of torch.distributed.pipelining, ready to step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,28 @@ class Pipeline:
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this rank's stages, for its optimizer."""
         return [parameter for stage in self.stages for parameter in stage.submod.parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of this rank's stages, under the names they have in the model.
+
+        The dicts of all ranks together are a state dict of the rewritten model.
+        """
+        found: dict[str, Tensor] = {}
+        for stage in self.stages:
+            found |= {_model_name(name): value for name, value in stage.submod.state_dict().items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load this rank's share of a state dict of the rewritten model, or of what `state_dict` returned.
+
+        Raises:
+            KeyError: The state dict lacks something that a stage of this rank has.
+        """
+        for stage in self.stages:
+            own = stage.submod.state_dict()
+            with torch.no_grad():
+                for name, value in own.items():
+                    value.copy_(state[_model_name(name)])
 
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
@@ -132,6 +154,11 @@ def _frozen(plan: PipelinePlan) -> str:
     return next(value.name for value in plan.values if not value.has_gradient)
 
 
+def _model_name(name: str) -> str:
+    """Return the name that a parameter of a stage has in the model; torch.compile and DDP put words before it."""
+    return name.partition("graph.")[2]
+
+
 def value_examples(plan: PipelinePlan) -> dict[str, Tensor]:
     """Return a meta tensor for each value that crosses; it requires a gradient if something trainable feeds it."""
     trainable = {value.name for value in plan.values if value.has_gradient}
@@ -194,7 +221,7 @@ def _tied(
             parameter
             for stage in stages
             for own, parameter in stage.submod.named_parameters()
-            if own.removeprefix("_orig_mod.").removeprefix("graph.") == name
+            if _model_name(own) == name
         )
         if rank in ranks:
             found.append(TiedParameter(name, copies, shared))
