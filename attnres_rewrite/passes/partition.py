@@ -278,7 +278,7 @@ def _build(stages: _Stages, need: _Needs, values: Mapping[fx.Node, CarriedValue]
     if number == stages.count - 1:
         graph.output(fx.map_arg(stages.nodes[-1].args[0], lambda old: copies[old]))
     else:
-        graph.output(tuple(_owned(graph, copies[value.node]) for value in made))
+        graph.output(tuple(copies[value.node] for value in made))
     graph.lint()
     return StageGraph(
         fx.GraphModule(stages.root, graph, class_name=f"Stage{number}"),
@@ -287,15 +287,6 @@ def _build(stages: _Stages, need: _Needs, values: Mapping[fx.Node, CarriedValue]
         tuple(value.name for value in made),
         tuple(node.name for node in need.computed if node.op == "call_function" and stages.of.get(node) != number),
     )
-
-
-def _owned(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Return a value that is no view of another: a schedule that splits the backward detaches outputs in place."""
-    if node.op != "placeholder" and op_name(node) not in VIEWS | CASTS:
-        return node
-    copy = graph.call_function(torch.ops.aten.clone.default, (node,))
-    copy.meta = dict(node.meta)
-    return copy
 
 
 def _refuse_without_parameters(stages: Sequence[StageGraph]) -> None:

@@ -108,7 +108,8 @@ def build_pipeline(
     placement = placement_for(schedule, plan.num_virtual)
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
-    if facts_of(schedule).splits_backward and not all(value.has_gradient for value in plan.values):
+    facts = facts_of(schedule)
+    if facts.splits_backward and not all(value.has_gradient for value in plan.values):
         raise PartitionError(
             explain(
                 f"{schedule} splits the backward, and {_frozen(plan)} has no gradient: its parameters are frozen",
@@ -126,7 +127,9 @@ def build_pipeline(
     stages: list[BlockCacheStage] = []
     for number, graph in zip(own, graphs, strict=True):
         is_first, is_last = number == 0, number == len(plan.stages) - 1
-        module: nn.Module = StageModule(graph, plan.routes[number], is_first=is_first, is_last=is_last).to(device)
+        module: nn.Module = StageModule(
+            graph, plan.routes[number], is_first=is_first, is_last=is_last, splits_backward=facts.splits_backward
+        ).to(device)
         stages.append(
             BlockCacheStage(
                 wrap(module) if wrap else module,

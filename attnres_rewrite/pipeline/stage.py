@@ -73,15 +73,21 @@ class StageModule(nn.Module):
 
     The first stage takes the model's inputs by position, others by name. It returns what it made and sends on, in the
     order of the wire; the last one what the model returns.
+
+    A schedule that splits the backward detaches what a stage returned, in place, before it works out the gradients of
+    the weights. What autograd still needs must be another tensor then: `splits_backward` makes copies of the outputs.
     """
 
-    def __init__(self, stage: StageGraph, routes: StageRoutes, *, is_first: bool, is_last: bool) -> None:
+    def __init__(
+        self, stage: StageGraph, routes: StageRoutes, *, is_first: bool, is_last: bool, splits_backward: bool
+    ) -> None:
         super().__init__()
         self.graph = stage.module
         self.inputs, self.reads, self.makes = stage.inputs, stage.reads, stage.makes
         self.received, self.cached = routes.received, routes.cached
         self.returned = tuple(name for name in routes.sent if name in stage.makes)
         self.is_first, self.is_last = is_first, is_last
+        self.splits_backward = splits_backward
 
     def forward(self, *args: Tensor, block_cache: tuple[Tensor, ...] = (), **inputs: Any) -> Any:
         wire = dict(zip(self.received, () if self.is_first else args, strict=True))
@@ -91,7 +97,7 @@ class StageModule(nn.Module):
         if self.is_last:
             return out[0] if len(out) == 1 else out
         made = dict(zip(self.makes, out, strict=True))
-        return tuple(made[name] for name in self.returned)
+        return tuple(made[name].clone() if self.splits_backward else made[name] for name in self.returned)
 
 
 class BlockCacheStage(PipelineStage):
