@@ -13,7 +13,7 @@ from attnres_rewrite.errors import PartitionError, explain
 from attnres_rewrite.fxgraph import shape_of, tensor_of
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.plan import PipelinePlan
-from attnres_rewrite.pipeline.schedules import facts_of, placement_for
+from attnres_rewrite.pipeline.schedules import ScheduleFacts, facts_of, placement_for
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
 
 Loss = Callable[[Any, Any], Tensor]
@@ -104,24 +104,8 @@ def build_pipeline(
         ValueError: The schedule does not fit the plan, or the group has another number of processes.
         PartitionError: The model returns something that is not a tensor.
     """
-    device = torch.device(device)
-    placement = placement_for(schedule, plan.num_virtual)
-    if placement != plan.placement:
-        raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
-    facts = facts_of(schedule)
-    if facts.splits_backward and not all(value.has_gradient for value in plan.values):
-        raise PartitionError(
-            explain(
-                f"{schedule} splits the backward, and {_frozen(plan)} has no gradient: its parameters are frozen",
-                None,
-                "torch's split backward fails where a stage mixes a value without a gradient with others.",
-                "Use Interleaved1F1B or LoopedBFS, or train the embedding.",
-            )
-        )
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    if size != plan.num_ranks:
-        raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
-    store, examples = RankStore(), value_examples(plan)
+    facts = _checked(plan, schedule, group)
+    rank, store, examples = dist.get_rank(group), RankStore(), value_examples(plan)
     own = [routes.stage for routes in plan.routes if routes.rank == rank]
     graphs = _with_own_parameters([plan.stages[number] for number in own])
     stages: list[BlockCacheStage] = []
@@ -138,7 +122,7 @@ def build_pipeline(
                 examples,
                 number,
                 len(plan.stages),
-                device,
+                torch.device(device),
                 input_args=_inputs(graph) if is_first else (),
                 output_args=_outputs(graph) if is_last else (),
                 group=group,
@@ -151,6 +135,27 @@ def build_pipeline(
         store=store,
         tied=_tied(plan, stages, rank, group),
     )
+
+
+def _checked(plan: PipelinePlan, schedule: str, group: dist.ProcessGroup | None) -> ScheduleFacts:
+    """Return what the schedule asks of the plan, which has it."""
+    placement = placement_for(schedule, plan.num_virtual)
+    if placement != plan.placement:
+        raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
+    facts = facts_of(schedule)
+    if facts.splits_backward and not all(value.has_gradient for value in plan.values):
+        raise PartitionError(
+            explain(
+                f"{schedule} splits the backward, and {_frozen(plan)} has no gradient: its parameters are frozen",
+                None,
+                "torch's split backward fails where a stage mixes a value without a gradient with others.",
+                "Use Interleaved1F1B or LoopedBFS, or train the embedding.",
+            )
+        )
+    size = dist.get_world_size(group)
+    if size != plan.num_ranks:
+        raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
+    return facts
 
 
 def _frozen(plan: PipelinePlan) -> str:
