@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright accelerate peft
+DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright accelerate peft matplotlib
 # More packages for the tests, such as timm: make test-all EXTRA_PACKAGES=timm
 EXTRA_PACKAGES ?=
 # One thread a worker: threads that wait for each other's cores make the tests five times slower
@@ -24,10 +24,10 @@ demo: $(VENV)/.demo
 	$(BIN)/attnres-rewrite rewrite examples/gpt.py --blocks 4 -o out/gpt.attnres --force
 
 test: $(VENV)/.dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not browser"
 
 test-all: $(VENV)/.dev
-	$(PYTEST)
+	$(PYTEST) -m "not browser"
 
 check: $(VENV)/.dev
 	./check

@@ -47,6 +47,7 @@ ONLY_IN = {
     "typer": {"cli"},
     "transformers": {"artifact", "cli"},
     "networkx": {"passes", "pipeline"},
+    "matplotlib": {"plots"},
 }
 
 
