@@ -146,7 +146,12 @@ _PLACE_META = ("nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
 
 def written_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the inputs that the op writes into."""
-    return [arg for arg, schema in _arguments_with_schema(node) if _writes(schema)]
+    unsaid = _STATISTICS if op_name(node) == "batch_norm" and argument(node, 5, "training") else ()
+    return [arg for arg, schema in _arguments_with_schema(node) if _writes(schema) or schema.name in unsaid]
+
+
+# a batch norm that trains moves them along, which its schema does not say
+_STATISTICS = ("running_mean", "running_var")
 
 
 def aliased_inputs(node: fx.Node) -> list[fx.Node]:

@@ -13,8 +13,11 @@ carried      the rest: a `Value`, which a plan of routes sends, caches or relays
 Blocks and partial sums are found as such values, they are not looked for. Runs before schedule_reads: a batched
 phase 1 would make results for reads of later stages. Each stage is scheduled and fused by itself.
 
-Does not handle: values of dynamic shape, writes into a value that another stage made, and tuples that cross (their
-items do). A parameter that several stages use is copied into each; its gradients have to be added up.
+A value that is written into is computed anew with all that is written, or carried as it is at the end of its stage.
+
+Does not handle: values of dynamic shape, writes into a value that another stage made or into a buffer that several
+stages use, and tuples that cross (their items do). A parameter that several stages use is copied into each; its
+gradients have to be added up.
 """
 
 import operator
@@ -26,9 +29,10 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import num_bytes_of, op_name, place_of, tensor_of, written_inputs
+from attnres_rewrite.fxgraph import num_bytes_of, op_name, place_of, tensor_of
 from attnres_rewrite.inputs import check_inputs
 from attnres_rewrite.passes.carriers import CASTS, VIEWS
+from attnres_rewrite.passes.shared_memory import Memory, share_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,8 @@ class _Stages:
         places = [self.position[cut] for cut in cuts]
         if places != sorted(set(places)):
             raise PartitionError(f"the cuts at nodes {places} are not in the order of the graph")
-        self.free = _free(self.nodes, root)
+        self.memory = share_memory(self.nodes)
+        self.free = _free(self.nodes, root, self.memory)
         self.of: dict[fx.Node, int] = {}
         stage = 0
         for position, node in enumerate(self.nodes):
@@ -105,20 +110,26 @@ class _Stages:
             elif node not in self.free and node.op == "call_function":
                 producer = node.args[0] if node.target is operator.getitem else None
                 self.of[node] = self.of.get(producer, stage) if isinstance(producer, fx.Node) else stage
-        for node in self.nodes:
-            self._refuse_write(node)
+        for piece, members in self.memory.members.items():
+            self._refuse_write(members, self.memory.writers[piece])
 
-    def _refuse_write(self, node: fx.Node) -> None:
-        for written in written_inputs(node):
-            if self.of.get(written, self.of.get(node)) != self.of.get(node):
-                raise PartitionError(
-                    explain(
-                        f"{op_name(node)} writes into a value that an earlier stage made",
-                        place_of(node),
-                        "The stage works on a copy that was sent to it: the write would be lost.",
-                        "Move the cut, or write the operation out of place.",
-                    )
-                )
+    def _refuse_write(self, members: Sequence[fx.Node], writers: Sequence[fx.Node]) -> None:
+        """Refuse a write that another stage would not see."""
+        kept = [node for node in members if node.op != "call_function"]
+        users = [user for node in kept for user in node.users]
+        stages = sorted({self.of[node] for node in (*members, *users) if node in self.of})
+        written = sorted({self.of[node] for node in writers if node in self.of})
+        if not written or (written == stages[:1] and (not kept or len(stages) == 1)):
+            return
+        what = f"{kept[0].target}, which stages {stages} use" if kept else "a value that an earlier stage made"
+        raise PartitionError(
+            explain(
+                f"{op_name(writers[-1])} writes into {what}",
+                place_of(writers[-1]),
+                "Each stage works on a copy of its own: the write would be lost.",
+                "Move the cut, or write the operation out of place.",
+            )
+        )
 
     def crossing(self) -> Iterator[fx.Node]:
         """Yield the nodes that a later stage uses."""
@@ -127,16 +138,35 @@ class _Stages:
                 yield node
 
 
-def _free(nodes: Sequence[fx.Node], root: nn.Module) -> set[fx.Node]:
-    """Return what every stage can have for itself: replicated, or computed from that without parameters or chance."""
+def _free(nodes: Sequence[fx.Node], root: nn.Module, memory: Memory) -> set[fx.Node]:
+    """Return what every stage can have for itself: replicated, or computed from that without parameters or chance.
+
+    Memory that is written into is free when all its writers are, and when it is no buffer and no input.
+    """
+    barred = {piece for piece, members in memory.members.items() if any(node.op != "call_function" for node in members)}
+    while True:
+        free = _free_but_for(barred, nodes, root, memory)
+        spoilt = {
+            piece
+            for piece, writers in memory.writers.items()
+            if piece not in barred and not all(node in free for node in writers)
+        }
+        if not spoilt:
+            return free
+        barred |= spoilt
+
+
+def _free_but_for(barred: set[fx.Node], nodes: Sequence[fx.Node], root: nn.Module, memory: Memory) -> set[fx.Node]:
     free: set[fx.Node] = set()
     for node in nodes:
         if node.op in ("placeholder", "get_attr"):
             free.add(node)
-        elif node.op == "call_function" and not _draws(node) and not written_inputs(node):
+        elif node.op == "call_function" and not _draws(node):
             inputs = node.all_input_nodes
-            if all(entry in free for entry in inputs) and not any(
-                _parameter(root, entry) is not None for entry in inputs
+            if (
+                memory.piece_of[node] not in barred
+                and all(entry in free and memory.piece_of[entry] not in barred for entry in inputs)
+                and not any(_parameter(root, entry) is not None for entry in inputs)
             ):
                 free.add(node)
     return free
@@ -176,7 +206,7 @@ def _carried(stages: _Stages) -> set[fx.Node]:
         size = {} if value is None else {"capacity": num_bytes_of(node)}
         flow.add_edge((node, "in"), (node, "out"), **size)
         again = [entry for entry in node.all_input_nodes if entry in stages.of]
-        if _is_costly(stages.root, node) or not again:
+        if _is_costly(stages, node) or not again:
             flow.add_edge("made", (node, "in"))
         else:
             for entry in again:
@@ -192,10 +222,14 @@ def _carried(stages: _Stages) -> set[fx.Node]:
     return {node for node in stages.of if (node, "in") in near and (node, "out") in flow and (node, "out") not in near}
 
 
-def _is_costly(root: nn.Module, node: fx.Node) -> bool:
-    if op_name(node) not in _CHEAP or _draws(node) or written_inputs(node):
+def _is_costly(stages: _Stages, node: fx.Node) -> bool:
+    if op_name(node) not in _CHEAP or _draws(node):
         return True
-    return any(_parameter(root, entry) is not None for entry in node.all_input_nodes)
+    inputs = node.all_input_nodes
+    # what is written into is carried with all that its stage writes: a node that read it earlier cannot be repeated
+    return any(stages.memory.writers_of(entry) and entry not in stages.free for entry in (node, *inputs)) or any(
+        _parameter(stages.root, entry) is not None for entry in inputs
+    )
 
 
 def _not_a_tensor(stages: _Stages) -> str:
@@ -235,6 +269,8 @@ def _needs(stages: _Stages, carried: set[fx.Node], stage: int) -> _Needs:
         else:
             computed.add(node)
             todo += node.all_input_nodes
+            if node in stages.free:
+                todo += stages.memory.writers_of(node)
 
     def ordered(chosen: set[fx.Node]) -> tuple[fx.Node, ...]:
         return tuple(sorted(chosen, key=stages.position.__getitem__))
@@ -253,16 +289,21 @@ def _values(stages: _Stages, carried: set[fx.Node], needs: Sequence[_Needs]) -> 
 
 
 def _trainable(stages: _Stages) -> set[fx.Node]:
+    """Return the nodes that a trainable parameter feeds, or that such a node writes into."""
     found: set[fx.Node] = set()
-    for node in stages.nodes:
-        parameter = _parameter(stages.root, node)
-        value = tensor_of(node)
-        floats = value is None or value.dtype.is_floating_point
-        if (parameter is not None and parameter.requires_grad) or (
-            floats and any(entry in found for entry in node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
+    while True:
+        before = len(found)
+        for node in stages.nodes:
+            parameter = _parameter(stages.root, node)
+            value = tensor_of(node)
+            floats = value is None or value.dtype.is_floating_point
+            sources = (*node.all_input_nodes, *stages.memory.writers_of(node))
+            if (parameter is not None and parameter.requires_grad) or (
+                floats and any(entry in found for entry in sources)
+            ):
+                found.add(node)
+        if len(found) == before:
+            return found
 
 
 def _build(stages: _Stages, need: _Needs, values: Mapping[fx.Node, CarriedValue], number: int) -> StageGraph:

@@ -164,6 +164,60 @@ def test_frozen_parameters_leave_values_without_a_gradient():
     assert [value.has_gradient for value in parts.values] == [False, True]
 
 
+class Written(nn.Module):
+    """Every layer adds two values that are written into: a table of constants, and one with a slot from the input.
+
+    `early` was read before the write: a stage that makes it again would see what was written.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Mlp() for _ in range(4))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        table = torch.zeros(ids.shape[1], WIDTH, dtype=x.dtype)
+        table[:, 0] = 1.0
+        slots = x * 0.5
+        early = slots.sigmoid()
+        slots[:, 1] += x[:, 0]
+        for layer in self.layers:
+            x = x + layer(nn.functional.rms_norm(x, (WIDTH,)) + table + slots + early)
+        return nn.functional.rms_norm(x, (WIDTH,))
+
+
+# Once wrong: a later stage made such a value again without what was written into it.
+@pytest.mark.parametrize("chosen", [(0,), (1, 2)])
+def test_what_is_written_into_is_carried_or_made_again_with_the_write(chosen):
+    program, _ = rewritten(Written(), (ids,), ar.AttnResConfig(block_size=2))
+    parts = partition(program.graph, program, cuts_after(program, 4, chosen))
+    assert {"zeros", "fill_"} <= set(parts.stages[-1].recomputed)
+    assert {value.name: value.has_gradient for value in parts.values}["mul"]
+    assert_same(program, parts, (ids,))
+
+
+class Shared(nn.Module):
+    """Its layers share a batch norm: each use moves the running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Linear(WIDTH, WIDTH), nn.ModuleList(Mlp() for _ in range(4))
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(self.norm(x))
+        return self.norm(x)
+
+
+def test_a_buffer_that_several_stages_move_is_refused():
+    program, _ = rewritten(Shared().train(), (torch.randn(8, WIDTH).double(),), ar.AttnResConfig(block_size=2))
+    reads = cuts_after(program, 4, (1,))
+    with pytest.raises(PartitionError, match=r"writes into norm\.num_batches_tracked, which stages \[0, 1\] use"):
+        partition(program.graph, program, reads)
+
+
 class TestBadCuts:
     def test_out_of_order(self):
         program, _ = rewritten(Gpt(), (ids,), ar.AttnResConfig(block_size=2))
