@@ -17,7 +17,8 @@ RewriteError                  a refusal: the model was understood, and the rewri
   ModelSpecError              a MODEL argument of the command line gives no model
   ArtifactError               a saved folder is damaged, foreign, or would be overwritten
 
-Wrong arguments are a plain ValueError or TypeError.
+Wrong arguments are a plain ValueError or TypeError. PipelineFailedError, a RuntimeError, ends a step on every other
+rank when one rank of a pipeline failed.
 """
 
 from collections.abc import Sequence
@@ -85,6 +86,10 @@ class ModelSpecError(RewriteError):
 
 class ArtifactError(RewriteError):
     """A saved rewrite cannot be read, or cannot be written where asked."""
+
+
+class PipelineFailedError(RuntimeError):
+    """Another rank of the pipeline failed; the message has that rank's error."""
 
 
 def explain(what: str, where: str | None = None, why: str = "", remedy: str = "") -> str:

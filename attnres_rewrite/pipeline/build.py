@@ -1,6 +1,6 @@
 """build_pipeline(): the stages of one rank, on a schedule of torch.distributed.pipelining, ready to step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.fx.node import map_aggregate
 
 from attnres_rewrite.errors import PartitionError, explain
 from attnres_rewrite.fxgraph import shape_of, tensor_of
 from attnres_rewrite.passes.partition import StageGraph
+from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.plan import PipelinePlan
 from attnres_rewrite.pipeline.schedules import ScheduleFacts, facts_of, placement_for
-from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
+from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule, by_position
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -30,12 +32,62 @@ class TiedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What one rank runs. Call `schedule.step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
+    """What one rank runs. Call `step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
 
     schedule: Any  # of torch.distributed.pipelining
     stages: tuple[BlockCacheStage, ...]
     store: RankStore
     tied: tuple[TiedParameter, ...]
+    n_microbatches: int
+
+    def step(
+        self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...] | Any | None:
+        """Run forward and backward of one batch, as `schedule.step` does, on every rank.
+
+        Args:
+            args: The inputs of the first stage, [n_microbatches * B, ...] where B is the batch of a microbatch; none
+                on other ranks.
+            target: What the loss is given beside the output, [n_microbatches * B, ...]; other ranks ignore it.
+            losses: Filled with the loss of each microbatch on the rank of the last stage.
+            kwargs: Inputs that later stages take, by name, on every rank.
+
+        Returns:
+            The outputs of all microbatches on the rank of the last stage, None elsewhere.
+
+        Raises:
+            ValueError: An input does not have the size of the plan's microbatches times their number.
+            PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
+        """
+        with ending_together():
+            has_first, has_last = (
+                any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last")
+            )
+            if has_first:
+                self._check_inputs(args)
+            target, losses = (target, losses) if has_last else (None, None)
+            return self.schedule.step(*(args if has_first else ()), target=target, losses=losses, **kwargs)
+
+    def _check_inputs(self, args: Sequence[Any]) -> None:
+        first = next(stage for stage in self.stages if stage.is_first)
+        examples = dict(zip(by_position(first.inputs), first.input_examples, strict=True))
+        if len(args) != len(examples):
+            raise ValueError(f"the first stage takes {', '.join(examples)}, and {len(args)} inputs were given")
+        for (name, example), value in zip(examples.items(), args, strict=True):
+            wanted = (example.shape[0] * self.n_microbatches, *example.shape[1:]) if example.ndim else ()
+            if tuple(value.shape) != wanted:
+                raise ValueError(
+                    f"{name} is {tuple(value.shape)}: {self.n_microbatches} microbatches of "
+                    f"{tuple(example.shape)}, the example inputs of the plan, are {wanted}"
+                )
+
+    def seed_draws(self, seed: int, step: int = 0) -> None:
+        """Seed dropout and other random draws, and say which step comes next; every rank gives the same.
+
+        What a microbatch draws follows from the seed, the step and its number, not from the partition.
+        """
+        for stage in self.stages:
+            stage.seed, stage.step = seed, step - 1
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this rank's stages, for its optimizer."""
@@ -72,7 +124,8 @@ class Pipeline:
             known = [parameter.grad for parameter in tied.copies if parameter.grad is not None]
             total = torch.stack(known).sum(0) if known else torch.zeros_like(tied.copies[0])
             if tied.group is not None:
-                dist.all_reduce(total, group=tied.group)
+                with ending_together():
+                    dist.all_reduce(total, group=tied.group)
             for parameter in tied.copies:
                 parameter.grad = total.clone()
 
@@ -111,6 +164,7 @@ def build_pipeline(
     stages: list[BlockCacheStage] = []
     for number, graph in zip(own, graphs, strict=True):
         is_first, is_last = number == 0, number == len(plan.stages) - 1
+        _move_constants(graph.module, torch.device(device))
         module: nn.Module = StageModule(
             graph, plan.routes[number], is_first=is_first, is_last=is_last, splits_backward=facts.splits_backward
         ).to(device)
@@ -125,6 +179,7 @@ def build_pipeline(
                 torch.device(device),
                 input_args=_inputs(graph) if is_first else (),
                 output_args=_outputs(graph) if is_last else (),
+                inputs=graph.inputs,
                 group=group,
             )
         )
@@ -134,7 +189,18 @@ def build_pipeline(
         stages=tuple(stages),
         store=store,
         tied=_tied(plan, stages, rank, group),
+        n_microbatches=n_microbatches,
     )
+
+
+def _move_constants(module: fx.GraphModule, device: torch.device) -> None:
+    """Make what the graph creates, such as a mask, on `device`: a capture has the device it was made on."""
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = map_aggregate(
+                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+            )
+    module.recompile()
 
 
 def _checked(plan: PipelinePlan, schedule: str, group: dist.ProcessGroup | None) -> ScheduleFacts:
@@ -197,7 +263,7 @@ def _returned(module: fx.GraphModule) -> tuple[object, ...]:
 
 def _inputs(graph: StageGraph) -> tuple[Tensor, ...]:
     nodes = {str(node.target): node for node in graph.module.graph.find_nodes(op="placeholder")}
-    return tuple(_meta(nodes[name], False) for name in graph.inputs)
+    return tuple(_meta(nodes[name], False) for name in by_position(graph.inputs))
 
 
 def _outputs(graph: StageGraph) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from attnres_rewrite.fxgraph import module_path
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.insert_reads import insert_reads
+from attnres_rewrite.passes.key_draws import key_draws
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.passes.partition import partition as cut_graph
 from attnres_rewrite.passes.schedule_reads import schedule_reads
@@ -116,6 +117,7 @@ def partition(
     cuts: Literal["balanced", "blocks"] | Sequence[str] = "balanced",
     placement: Placement = "loop",
     mode: Mode = "exact",
+    dropout: Literal["keyed", "torch"] = "keyed",
     device: Device | None = None,
 ) -> PipelinePlan:
     """Cut a rewritten model into `num_ranks` times `num_virtual` pipeline stages, and plan what they exchange.
@@ -130,15 +132,21 @@ def partition(
             where no partial sum crosses; or the names of the modules that begin stages 1 to P * V - 1.
         placement: "loop" puts stage c on rank c mod P, "v" turns back at the ends.
         mode: What ranks keep: "exact", "paper" or "naive"; see pipeline/planner.py.
+        dropout: "keyed" draws every random number from a key of the step and the microbatch, so that all partitions
+            of a model drop the same; "torch" leaves each rank to the generator of its device.
         device: Speeds for the estimate of each stage's time.
 
     Raises:
         PartitionError: The model cannot be cut so, with the reason.
-        ValueError: A count, a placement, a mode or the number of names is wrong.
+        ValueError: A count, a placement, a mode, the number of names or `dropout` is wrong.
     """
+    if dropout not in ("keyed", "torch"):
+        raise ValueError(f"dropout={dropout!r} must be 'keyed' or 'torch'")
     ranks = ranks_of_stages(num_ranks, num_virtual, placement)
     device = device or Device()
     graph = _unscheduled(new)
+    if dropout == "keyed":
+        key_draws(graph)
     places, last = candidates(graph, device)
     chosen = _chosen_cuts(cuts, places, last, graph, len(ranks))
     parts = cut_graph(graph, new, [place.node for place in chosen])

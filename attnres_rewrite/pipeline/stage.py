@@ -11,13 +11,15 @@ split into input and weight gradients too, and leaves them out of what it sends.
 same in torch 2.11 to 2.15 are overridden; torch's own forward cache and buffers are not touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from attnres_rewrite.keyed_random import make_key
+from attnres_rewrite.passes.key_draws import KEY
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.planner import StageRoutes
 
@@ -68,6 +70,11 @@ def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
+def by_position(inputs: Sequence[str]) -> tuple[str, ...]:
+    """Return the inputs that the user gives: all but the key of the random draws."""
+    return tuple(name for name in inputs if name != KEY)
+
+
 class StageModule(nn.Module):
     """Calls a stage's graph the way torch.distributed.pipelining calls a stage: with what is on the wire, by position.
 
@@ -92,7 +99,7 @@ class StageModule(nn.Module):
     def forward(self, *args: Tensor, block_cache: tuple[Tensor, ...] = (), **inputs: Any) -> Any:
         wire = dict(zip(self.received, () if self.is_first else args, strict=True))
         values = wire | dict(zip(self.cached, block_cache, strict=True))
-        given = dict(zip(self.inputs, args, strict=False)) | inputs if self.is_first else inputs
+        given = dict(zip(by_position(self.inputs), args, strict=False)) | inputs if self.is_first else inputs
         out = self.graph(*(given[name] for name in self.inputs), *(values[name] for name in self.reads))
         if self.is_last:
             return out[0] if len(out) == 1 else out
@@ -113,7 +120,12 @@ class BlockCacheStage(PipelineStage):
         device: Where it runs.
         input_args: Meta tensors of the model's inputs; of the first stage only.
         output_args: Meta tensors of what the model returns; of the last stage only.
+        inputs: Names of the model's inputs that the stage takes, and of the key for random numbers.
         group: Processes of the pipeline; None is all.
+
+    Attributes:
+        seed: Of the random numbers.
+        step: Counts the steps begun, from 0; what a microbatch draws follows from seed, step and its number.
     """
 
     def __init__(
@@ -128,6 +140,7 @@ class BlockCacheStage(PipelineStage):
         *,
         input_args: tuple[Tensor, ...] = (),
         output_args: tuple[Tensor, ...] = (),
+        inputs: tuple[str, ...] = (),
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         is_last = stage_index == num_stages - 1
@@ -140,7 +153,8 @@ class BlockCacheStage(PipelineStage):
             output_args=output_args if is_last else tuple(examples[name] for name in routes.sent),
             group=group,
         )
-        self.routes, self.store = routes, store
+        self.routes, self.store, self.inputs, self.input_examples = routes, store, inputs, input_args
+        self.seed, self.step = 0, -1
         self._trainable = {name for name, example in examples.items() if example.requires_grad}
         self._forward_microbatch = self._backward_microbatch = -1
         self._leaves: dict[int, tuple[Tensor, ...]] = {}
@@ -153,6 +167,8 @@ class BlockCacheStage(PipelineStage):
             self.store.values[self._key(fwd_chunk_id, name)].detach().requires_grad_(learns and name in self._trainable)
             for name in self.routes.cached
         )
+        if KEY in self.inputs:
+            kwargs = {**(kwargs or {}), KEY: make_key(self.seed, self.step, fwd_chunk_id)}
         if leaves:
             kwargs = {**(kwargs or {}), "block_cache": leaves}
             if learns:
@@ -220,8 +236,9 @@ class BlockCacheStage(PipelineStage):
         self.bwd_cache[bwd_chunk_id] = tuple(gradients)
 
     def clear_runtime_states(self) -> None:
-        """Forget what an earlier step may have left."""
+        """Begin a step: forget what an earlier one may have left."""
         super().clear_runtime_states()
+        self.step += 1
         self.store.clear()
         self._leaves.clear()
 
