@@ -1,7 +1,7 @@
 """build_pipeline(): the stages of one rank, on a schedule of torch.distributed.pipelining, ready to step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from attnres_rewrite.fxgraph import shape_of, tensor_of
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.plan import PipelinePlan
+from attnres_rewrite.pipeline.planner import plan_routes
 from attnres_rewrite.pipeline.schedules import ScheduleFacts, facts_of, placement_for
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule, by_position
 
@@ -158,6 +159,7 @@ def build_pipeline(
         PartitionError: The model returns something that is not a tensor.
     """
     facts = _checked(plan, schedule, group)
+    plan = with_all_gradients(plan) if facts.splits_backward else plan
     rank, store, examples = dist.get_rank(group), RankStore(), value_examples(plan)
     own = [routes.stage for routes in plan.routes if routes.rank == rank]
     graphs = _with_own_parameters([plan.stages[number] for number in own])
@@ -209,23 +211,18 @@ def _checked(plan: PipelinePlan, schedule: str, group: dist.ProcessGroup | None)
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
     facts = facts_of(schedule)
-    if facts.splits_backward and not all(value.has_gradient for value in plan.values):
-        raise PartitionError(
-            explain(
-                f"{schedule} splits the backward, and {_frozen(plan)} has no gradient: its parameters are frozen",
-                None,
-                "torch's split backward fails where a stage mixes a value without a gradient with others.",
-                "Use Interleaved1F1B or LoopedBFS, or train the embedding.",
-            )
-        )
     size = dist.get_world_size(group)
     if size != plan.num_ranks:
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
     return facts
 
 
-def _frozen(plan: PipelinePlan) -> str:
-    return next(value.name for value in plan.values if not value.has_gradient)
+def with_all_gradients(plan: PipelinePlan) -> PipelinePlan:
+    """Send a gradient for every floating-point value, also for those of frozen parameters: see StageModule."""
+    floats = {name for name, example in value_examples(plan).items() if example.is_floating_point()}
+    values = tuple(replace(value, has_gradient=value.name in floats) for value in plan.values)
+    ranks = [routes.rank for routes in plan.routes]
+    return replace(plan, values=values, routes=plan_routes(values, ranks, plan.mode))
 
 
 def _model_name(name: str) -> str:
@@ -295,9 +292,9 @@ def _tied(
             parameter
             for stage in stages
             for own, parameter in stage.submod.named_parameters()
-            if _model_name(own) == name
+            if _model_name(own) == name and parameter.requires_grad
         )
-        if rank in ranks:
+        if copies:
             found.append(TiedParameter(name, copies, shared))
     return tuple(found)
 

@@ -33,11 +33,24 @@ def ending_together() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        own = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        own = f"rank {dist.get_rank()}: {_text_of(error)}"
         first = _publish(own)
-        if first == own:
+        if first == own and not _is_lost_connection(error):
             raise
-        raise PipelineFailedError(f"the pipeline ended because another rank failed\n  {first}") from error
+        raise PipelineFailedError(f"the pipeline ended at the error of {first}") from error
+
+
+def _text_of(error: BaseException) -> str:
+    """Return the error that was raised first: torch says which stage failed, and chains what did."""
+    if _is_lost_connection(error):
+        return f"the connection to another process broke, which died or was ended ({str(error).splitlines()[0]})"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _publish(own: str) -> str:
@@ -49,7 +62,7 @@ def _publish(own: str) -> str:
         first = store.compare_set(_FAILURE, "", own).decode()
         store.add(_SEEN, 1)
     except dist.DistError:
-        first = f"{own}\n  rank 0 is gone as well, and with it what other ranks had to say"
+        first = own
     if dist.get_backend() != dist.Backend.NCCL:
         dist.destroy_process_group()
     if is_host:

@@ -83,6 +83,8 @@ class StageModule(nn.Module):
 
     A schedule that splits the backward detaches what a stage returned, in place, before it works out the gradients of
     the weights. What autograd still needs must be another tensor then: `splits_backward` makes copies of the outputs.
+    Its search for the parameters behind each input fails where one input has no gradient, so all have one then, the
+    embedding of a frozen table as well.
     """
 
     def __init__(
@@ -104,7 +106,14 @@ class StageModule(nn.Module):
         if self.is_last:
             return out[0] if len(out) == 1 else out
         made = dict(zip(self.makes, out, strict=True))
-        return tuple(made[name].clone() if self.splits_backward else made[name] for name in self.returned)
+        return tuple(self._for_the_wire(made[name]) for name in self.returned)
+
+    def _for_the_wire(self, value: Tensor) -> Tensor:
+        if not self.splits_backward:
+            return value.contiguous()
+        copied = value.clone(memory_format=torch.contiguous_format)
+        opens = torch.is_grad_enabled() and copied.is_floating_point() and not copied.requires_grad
+        return copied.requires_grad_() if opens else copied
 
 
 class BlockCacheStage(PipelineStage):

@@ -18,6 +18,13 @@ def gpt() -> nn.Module:
     return Gpt(depth=4)
 
 
+def gpt_frozen() -> nn.Module:
+    """Return a GPT whose embedding, and with it its head, is frozen."""
+    model = gpt()
+    model.embed.weight.requires_grad_(False)
+    return model
+
+
 def llama() -> nn.Module:
     """Return a Llama with grouped-query attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,16 +56,18 @@ def kimi() -> nn.Module:
 
     sizes = {"num_hidden_layers": 4, "q_lora_rank": None, "moe_intermediate_size": 32}
     heads = {"linear_head_dim": 16, "linear_num_heads": 4}
-    kinds = {"layer_types": ["linear_attention", "full_attention"] * 2}
+    kinds = {"layer_types": ["linear_attention", "full_attention"] * 2, "mlp_layer_types": ["dense"] + ["sparse"] * 3}
     return KimiLinearForCausalLM(tiny_config(KimiLinearConfig, sizes | heads | kinds))
 
 
-BUILDERS: dict[str, Callable[[], nn.Module]] = {builder.__name__: builder for builder in (gpt, llama, gpt2, t5, kimi)}
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    builder.__name__: builder for builder in (gpt, gpt_frozen, llama, gpt2, t5, kimi)
+}
 
 
 def inputs_of(name: str, batch: int) -> dict[str, Tensor]:
     """Return the inputs of a network by name."""
-    names = {"gpt": ["ids"], "t5": ["input_ids", "decoder_input_ids"]}.get(name, ["input_ids"])
+    names = {"gpt": ["ids"], "gpt_frozen": ["ids"], "t5": ["input_ids", "decoder_input_ids"]}.get(name, ["input_ids"])
     return {each: torch.randint(0, VOCAB, (batch, LENGTH)) for each in names}
 
 
@@ -67,8 +76,9 @@ def rewritten(name: str) -> ar.RewrittenModule:
     torch.manual_seed(0)
     model = BUILDERS[name]().double()
     model = model if name == "gpt2" else model.eval()
-    fixed: dict[str, Any] = {} if name == "gpt" else {"use_cache": False}
-    new = ar.rewrite(model, (), inputs_of(name, BATCH) | fixed, CONFIG, verify=False, dynamic_shapes={})
+    inputs = inputs_of(name, BATCH)
+    fixed: dict[str, Any] = {} if "ids" in inputs else {"use_cache": False}
+    new = ar.rewrite(model, (), inputs | fixed, CONFIG, verify=False, dynamic_shapes={})
     with torch.no_grad():
         for parameter in ar.attnres_parameters(new):
             parameter.add_(torch.randn_like(parameter))
