@@ -24,6 +24,7 @@ def commands() -> str:
     text = get_docs_for_click(obj=group, ctx=typer.Context(group, info_name=name), name=name)
     text = text.split("\n", 1)[1]  # the page has a title of its own
     text = text.replace(f"## `{name} ", "## `")
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # cut short there, whole below
     # a paragraph for each example becomes one block of code
     text = re.sub(rf"^  ({name} .*)\n\n(?=  {name} )", r"    \1\n", text, flags=re.MULTILINE)
     text = re.sub(rf"^  ({name} )", r"    \1", text, flags=re.MULTILINE)
