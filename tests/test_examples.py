@@ -64,7 +64,7 @@ def test_example_is_under_60_lines(script):
 
 
 def _blocks():
-    """Return every complete block of the docs with what it prints, None where the page does not say."""
+    """Find every complete block of the docs with what it prints, None where the page does not say."""
     for page in sorted((ROOT / "docs").rglob("*.md")):
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
         found = [block for block in BLOCK.findall(page.read_text()) if block[0] == "sh" or COMPLETE.match(block[1])]
@@ -72,7 +72,7 @@ def _blocks():
             yield pytest.param(language, code, printed or None, id=f"{name}-{number}")
 
 
-@pytest.mark.parametrize(("language", "code", "printed"), _blocks())
+@pytest.mark.parametrize(("language", "code", "printed"), list(_blocks()))
 def test_block_of_the_docs_runs(language, code, printed, tmp_path):
     for package in NEEDS.values():
         if f"{package} import" in code or f"import {package}" in code:
