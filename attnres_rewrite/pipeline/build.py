@@ -30,16 +30,9 @@ class TiedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What one rank runs. Call `schedule.step(...)`, then `reduce_tied_gradients()`, then the optimizer.
+    """What one rank runs. Call `schedule.step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
 
-    Attributes:
-        schedule: An object of torch.distributed.pipelining.
-        stages: Of this rank.
-        store: The blocks that this rank keeps.
-        tied: Parameters that have copies in other stages.
-    """
-
-    schedule: Any
+    schedule: Any  # of torch.distributed.pipelining
     stages: tuple[BlockCacheStage, ...]
     store: RankStore
     tied: tuple[TiedParameter, ...]
