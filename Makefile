@@ -3,11 +3,13 @@
 #   make test       the tests, without the slow ones; make test-all runs every test
 #   make check      format, lint, types, layers
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
+#   make docs       the documentation site, into site/; a warning is an error
 #   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DOCS := mkdocs-material "mkdocstrings[python]" ruff
 DEV := hatchling pytest pytest-xdist pytest-timeout ruff pyright accelerate peft matplotlib
 # More packages for the tests, such as timm: make test-all EXTRA_PACKAGES=timm
 EXTRA_PACKAGES ?=
@@ -15,7 +17,7 @@ EXTRA_PACKAGES ?=
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all check bench gpu gpu-run clean
+.PHONY: demo test test-all check bench docs gpu gpu-run clean
 
 demo: $(VENV)/.demo
 	@mkdir -p out
@@ -37,6 +39,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/reads.py --tokens 2048 --width 1024 --queries 6
 	$(BIN)/python benchmarks/step.py
 
+# not --quiet, with which --strict counts no warning; the variable takes off a notice that is not about these pages
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # what has torch and CUDA here already: an environment made by this file would bring the CPU build
 GPU_PYTHON ?= python3
 gpu:
@@ -51,7 +57,7 @@ gpu-run:
 	  --json benchmarks/results/step_cuda.json
 
 clean:
-	rm -rf $(VENV)/.demo $(VENV)/.dev out
+	rm -rf $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs out site
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
@@ -66,4 +72,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) $(DEV) $(EXTRA_PACKAGES)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(INSTALL) $(DOCS)
 	@touch $@

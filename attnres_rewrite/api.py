@@ -57,7 +57,7 @@ def rewrite(
             not changed.
         args: Positional example inputs, as `model` takes them.
         kwargs: Example inputs given by name.
-        config: Blocks, output form and parameters; see AttnResConfig.
+        config: Blocks, output form and parameters; see `AttnResConfig`.
         dynamic_shapes: As torch.export takes it; None keeps batch and sequence dynamic where the model allows;
             {} fixes every shape, which halves the time.
         share_parameters: Use the model's own Parameter and buffer objects; False copies them.

@@ -1,21 +1,21 @@
 """Every error this package raises on purpose.
 
-RewriteError                  a refusal: the model was understood, and the rewrite would be wrong or useless
-  CaptureError                the model could not be traced to one graph
-    GraphBreakError           no one graph holds the stream: its Python control flow depends on tensor values
-  NoStreamError               the graph holds no residual stream
-    PostNormError             the stream passes through a norm between updates (x = norm(x + f(x)))
-    ParallelStreamsError      several streams feed each other (hyper-connections, AltUp, reversible layers)
-  AlreadyRewrittenError       the model has Attention Residuals already
-  UnpreservedReadError        output="mean" would change what a consumer of the stream computes
-  ModeMismatchError           train mode and eval mode build different streams
-  NotAttachedError            torch.compile(backend="attnres") met a model that attach() does not know
-  NotCompiledError            an attached model was about to run as the network it was before
-  StreamMismatchError         a compiled call has another stream than attach() found
-  ProofError                  a proof failed: the rewritten graph is not the function it must be
-  PartitionError              a rewritten model cannot be cut into these pipeline stages
-  ModelSpecError              a MODEL argument of the command line gives no model
-  ArtifactError               a saved folder is damaged, foreign, or would be overwritten
+    RewriteError                  a refusal: the model was understood, and the rewrite would be wrong or useless
+      CaptureError                the model could not be traced to one graph
+        GraphBreakError           no one graph holds the stream: its Python control flow depends on tensor values
+      NoStreamError               the graph holds no residual stream
+        PostNormError             the stream passes through a norm between updates (x = norm(x + f(x)))
+        ParallelStreamsError      several streams feed each other (hyper-connections, AltUp, reversible layers)
+      AlreadyRewrittenError       the model has Attention Residuals already
+      UnpreservedReadError        output="mean" would change what a consumer of the stream computes
+      ModeMismatchError           train mode and eval mode build different streams
+      NotAttachedError            torch.compile(backend="attnres") met a model that attach() does not know
+      NotCompiledError            an attached model was about to run as the network it was before
+      StreamMismatchError         a compiled call has another stream than attach() found
+      ProofError                  a proof failed: the rewritten graph is not the function it must be
+      PartitionError              a rewritten model cannot be cut into these pipeline stages
+      ModelSpecError              a MODEL argument of the command line gives no model
+      ArtifactError               a saved folder is damaged, foreign, or would be overwritten
 
 Wrong arguments are a plain ValueError or TypeError. PipelineFailedError, a RuntimeError, ends a step on every other
 rank when one rank of a pipeline failed.

@@ -2,11 +2,17 @@
 
     from attnres_rewrite import functional as F
 
-    h = F.attn_res_read([embedding, block_1, partial], query, key_norm)         one read, directly
+    # one read, directly
+    h = F.attn_res_read([embedding, block_1, partial], query, key_norm)
 
-    outs, lses = F.inter_block([embedding, block_1], queries, key_norms)        phase 1, once a block
-    h = F.merge(outs[0], lses[0], partial, queries[0], key_norms[0])            phase 2, at each read
-    partial, y = F.add_merge_norm(partial, update, outs[1], lses[1], queries[1], key_norms[1], weight, None, 1e-6)
+    # phase 1, once a block; phase 2, at each read
+    outs, lses = F.inter_block([embedding, block_1], queries, key_norms)
+    h = F.merge(outs[0], lses[0], partial, queries[0], key_norms[0])
+
+    # phase 2 with the add before it and the norm after it
+    partial, y = F.add_merge_norm(
+        partial, update, outs[1], lses[1], queries[1], key_norms[1], weight, None, 1e-6
+    )
 
 On a GPU each is a `torch.library` custom op around Triton kernels, differentiable, and one node for torch.compile; on
 any other device it is plain PyTorch over the list of sources, which Inductor fuses. float64, and channels that are not

@@ -44,7 +44,13 @@ class RewrittenModule(fx.GraphModule):
     """A model whose residual stream is mixed by Attention Residuals.
 
     It is called as the original was, returns what the original returned, and has every key of its state
-    dict, plus a query and a gain [D] for each read. Attributes: `report`, `config`.
+    dict, plus a query and a gain [D] for each read.
+
+    Attributes:
+        report: What was found, planned and proved.
+        config: The choices it was made with.
+        programs: The graphs of each mode, by its training flag.
+        example_inputs: What it was captured on.
     """
 
     report: RewriteReport

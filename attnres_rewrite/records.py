@@ -62,11 +62,18 @@ class ResidualStream:
 
 @dataclass(frozen=True, slots=True)
 class LeftAlone:
-    """An add that was looked at and is not an update."""
+    """An add that was looked at and is not an update.
+
+    Attributes:
+        node: Its name in the graph.
+        source_line: "file.py:12", or "" when the capture kept none.
+        owner: Name of the module that adds.
+        reason: Why it is no update.
+    """
 
     node: str
-    source_line: str  # "file.py:12", or "" when the capture kept none
-    owner: str  # FQN of the module that adds
+    source_line: str
+    owner: str
     reason: str
 
 
@@ -114,12 +121,20 @@ class ReadGroup:
     """Reads that mix the same finished sources, and how they are computed: schedule_reads chose by the bytes.
 
     Bytes are those a token moves in one training step, forward and backward, under each schedule.
+
+    Attributes:
+        reads: Names of their parameters' modules, as in ReadPlan.name.
+        num_finished: Sources they share.
+        num_merges: Reads that mix a partial sum, too.
+        schedule: "direct" or "two_phase".
+        direct_bytes: When each read mixes all its sources.
+        two_phase_bytes: When the shared sources are mixed once.
     """
 
-    reads: tuple[str, ...]  # names of their parameters' modules, as in ReadPlan.name
-    num_finished: int  # sources they share
-    num_merges: int  # reads that mix a partial sum, too
-    schedule: str  # "direct" or "two_phase"
+    reads: tuple[str, ...]
+    num_finished: int
+    num_merges: int
+    schedule: str
     direct_bytes: int
     two_phase_bytes: int
 
@@ -135,7 +150,13 @@ class FusedRead:
 
 @dataclass(frozen=True, slots=True)
 class FixedDim:
-    """A dimension of an input that the captured program takes in one size only."""
+    """A dimension of an input that the captured program takes in one size only.
+
+    Attributes:
+        argument: Name of the input.
+        dim: Which of its dimensions, counted from 0.
+        size: The only one it may have.
+    """
 
     argument: str
     dim: int

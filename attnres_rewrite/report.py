@@ -13,7 +13,18 @@ from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, Le
 
 @dataclass(frozen=True, slots=True)
 class ReadReport:
-    """One read: the state it replaces, for whom, and its parameters."""
+    """One read: the state it replaces, for whom, and its parameters.
+
+    Attributes:
+        state: Number of the state that it replaces; state 0 is the root.
+        owner: Name of the module that reads; "" is the model itself.
+        source_line: "file.py:12" of the add that made the state.
+        num_sources: Sources that it mixes.
+        query_name: Of its parameter, "model.layers.3.attn_res.1.query"; its gain is the `key_norm` beside it.
+        schedule: "direct" or "two_phase".
+        fused_with: Neighbours that run in the same pass: "add", "rms norm", "layer norm".
+        left_out: Why a neighbour does not.
+    """
 
     state: int
     owner: str
@@ -21,13 +32,25 @@ class ReadReport:
     num_sources: int
     query_name: str
     schedule: str
-    fused_with: tuple[str, ...]  # neighbours that run in the same pass: "add", "rms norm", "layer norm"
-    left_out: str  # why a neighbour does not
+    fused_with: tuple[str, ...]
+    left_out: str
 
 
 @dataclass(frozen=True, slots=True)
 class StreamReport:
-    """One stream and its plan. A block is (first update, last update), counted from 1."""
+    """One stream and its plan.
+
+    Attributes:
+        name: "stream" when alone, else the deepest module that holds it.
+        width: Size of the channel axis, D.
+        dtype: Of the last state, as "float32".
+        num_updates: Updates found.
+        update_kinds: Updates of each kind: "residual", "parallel", "skip", "inject".
+        blocks: (first update, last update) of each block, counted from 1.
+        reads: In the order of their states.
+        groups: Reads that share their finished sources, with the bytes of each schedule.
+        runs_as: "Triton kernels", or "plain PyTorch (cpu)" with the reason in parentheses.
+    """
 
     name: str
     width: int
@@ -37,54 +60,79 @@ class StreamReport:
     blocks: tuple[tuple[int, int], ...]
     reads: tuple[ReadReport, ...]
     groups: tuple[ReadGroup, ...]
-    runs_as: str  # "Triton kernels", or "plain PyTorch (cpu)" with the reason in parentheses
+    runs_as: str
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """How the model became a graph."""
+    """How the model became a graph.
+
+    Attributes:
+        route: How torch.export was called, or that the model came as a graph.
+        modes: "eval", "train", or both.
+        num_nodes: Of the graph of the model's own mode.
+        fixed_dims: Dimensions of inputs that are not free.
+        seconds: That the capture took.
+        notes: What was not captured, and why.
+    """
 
     route: str
-    modes: tuple[str, ...]  # "eval", "train"
-    num_nodes: int  # of the graph of the model's own mode
+    modes: tuple[str, ...]
+    num_nodes: int
     fixed_dims: tuple[FixedDim, ...]
     seconds: float
-    notes: tuple[str, ...] = ()  # what was not captured, and why
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
     """One proof in one mode. Errors are relative; a proof passes when no error exceeds the limit.
 
-    name: "capture" compares the captured graph with the module itself, in the module's dtype;
-    "original" the rewritten graph at zero queries with the original graph; "independent" the rewritten
-    graph at random queries with an interpreter that evaluates the formula.
+    Attributes:
+        name: "capture" compares the captured graph with the module itself, in the module's dtype; "original" the
+            rewritten graph at zero queries with the original graph; "independent" the rewritten graph at random
+            queries with an interpreter that evaluates the formula.
+        mode: "train" or "eval".
+        dtype: In which it ran, as "float64".
+        output_error: The largest of any output.
+        gradient_error: The largest of any gradient; None when this proof runs forward only, or nothing is
+            differentiable.
+        num_outputs: Tensors compared.
+        num_gradients: Gradients compared.
+        limit: What no error may exceed.
     """
 
     name: str
     mode: str
     dtype: str
     output_error: float
-    gradient_error: float | None  # None: this proof runs forward only, or nothing is differentiable
+    gradient_error: float | None
     num_outputs: int
     num_gradients: int
     limit: float
 
     @property
     def passed(self) -> bool:
+        """Whether no error exceeds the limit."""
         # written so that a NaN does not pass
         return self.output_error <= self.limit and (self.gradient_error is None or self.gradient_error <= self.limit)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """Every proof that was run, and what could not be."""
+    """Every proof that was run, and what could not be.
+
+    Attributes:
+        proofs: One for each proof and mode.
+        notes: What weakens a proof, such as an operation without a float64 kernel.
+    """
 
     proofs: tuple[Proof, ...]
     notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
+        """Whether there are proofs and all of them hold."""
         return bool(self.proofs) and all(proof.passed for proof in self.proofs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,7 +143,18 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class RewriteReport:
-    """Everything a user may ask about one rewrite."""
+    """Everything a user may ask about one rewrite.
+
+    Attributes:
+        model: Name of its class.
+        config: The fields of the AttnResConfig.
+        capture: How the model became a graph.
+        streams: The streams found, with their blocks and reads.
+        left_alone: Every other add that was looked at, with the reason.
+        num_parameters_added: Numbers in all queries and gains.
+        pass_seconds: From find_stream to fuse_reads, all captured modes.
+        verify: The proofs; None when none was run.
+    """
 
     model: str
     config: dict[str, Any]
@@ -103,11 +162,12 @@ class RewriteReport:
     streams: tuple[StreamReport, ...]
     left_alone: tuple[LeftAlone, ...]
     num_parameters_added: int
-    pass_seconds: float  # find_stream to fuse_reads, all captured modes
-    verify: VerifyReport | None = None  # None: no proof was run
+    pass_seconds: float
+    verify: VerifyReport | None = None
 
     @property
     def reads(self) -> tuple[ReadReport, ...]:
+        """The reads of all streams."""
         return tuple(read for stream in self.streams for read in stream.reads)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Every example runs, leaves nothing behind, and is short enough to be read; the ways in the docs run too."""
+"""Every example runs, leaves nothing behind, and is short enough to be read.
+
+So does every complete block of code in the docs: Python that begins with an import, and what is marked `sh`. A block
+marked `text` right behind one is what it prints.
+"""
 
 import os
 import re
@@ -14,13 +18,13 @@ EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
 # what a word in the name of a script asks for
 NEEDS = {"huggingface": "transformers", "trainer": "accelerate", "lora": "peft", "timm": "timm"}
-CURED = """
-import runpy, sys
+CURE = """
 from tests.zoo.torchvision_cure import define_missing_ops
 define_missing_ops()
-runpy.run_path(sys.argv[1], run_name="__main__")
 """
-BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```", (ROOT / "docs" / "ways.md").read_text(), re.MULTILINE | re.DOTALL)
+CURED = f"{CURE}import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
+COMPLETE = re.compile(r"(import|from) ")
 
 
 def run(command, folder):
@@ -30,6 +34,7 @@ def run(command, folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+    return done.stdout
 
 
 def skip_without(package):
@@ -58,14 +63,30 @@ def test_example_is_under_60_lines(script):
     assert len(script.read_text().splitlines()) < 60
 
 
-@pytest.mark.parametrize("way", ["rewrite", "attach", "command line"])
-def test_way_in_the_docs_runs(way, tmp_path):
-    skip_without("transformers")
-    complete = [code for language, code in BLOCKS if language == "sh" or code.startswith("import ")]
-    code = dict(zip(["rewrite", "attach", "command line"], complete, strict=True))[way]
-    if way == "command line":
+def _blocks():
+    """Find every complete block of the docs with what it prints, None where the page does not say."""
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
+        found = [block for block in BLOCK.findall(page.read_text()) if block[0] == "sh" or COMPLETE.match(block[1])]
+        for number, (language, code, printed) in enumerate(found, start=1):
+            yield pytest.param(language, code, printed or None, id=f"{name}-{number}")
+
+
+@pytest.mark.parametrize(("language", "code", "printed"), list(_blocks()))
+def test_block_of_the_docs_runs(language, code, printed, tmp_path):
+    for package in NEEDS.values():
+        if f"{package} import" in code or f"import {package}" in code:
+            skip_without(package)
+    if language == "sh":
         if not (Path(sys.executable).parent / "attnres-rewrite").exists():
             pytest.skip("the package is not installed, so it has no command")
-        run(["sh", "-ec", code], tmp_path)
+        found = run(["sh", "-ec", code], tmp_path)
     else:
-        run([sys.executable, "-c", code], tmp_path)
+        cure = CURE if "import timm" in code else ""
+        found = run([sys.executable, "-c", cure + code], tmp_path)
+    assert printed is None or found == printed
+
+
+def test_blocks_of_the_docs_are_found():
+    names = [case.id for case in _blocks()]
+    assert {"index-1", "quickstart/own_model-1", "quickstart/timm-1", "ways-1", "ways-2", "ways-3"} <= set(names)

@@ -34,35 +34,63 @@ from attnres_rewrite.pipeline.planner import (
 
 @dataclass(frozen=True, slots=True)
 class StageFacts:
-    """One stage of a plan, for reading."""
+    """One stage of a plan, for reading.
+
+    Attributes:
+        stage: Its number, counted from 0.
+        rank: The process that runs it.
+        modules: Numbered layers in it, and modules that are in no layer.
+        num_parameters: Numbers in its parameters.
+        flops: Forward, of one microbatch.
+        seconds: Forward, estimated (pipeline/costs.py).
+        inputs: Inputs of the model that it takes.
+        receives: Values that come from the stage before.
+        reads_from_store: Values that its rank has kept.
+        sends: Values that go to the next stage.
+        recomputed: Nodes that another stage computes, too.
+    """
 
     stage: int
     rank: int
-    modules: tuple[str, ...]  # numbered layers in it, and modules that are in no layer
+    modules: tuple[str, ...]
     num_parameters: int
-    flops: int  # forward, of one microbatch
-    seconds: float  # forward, estimated (pipeline/costs.py)
+    flops: int
+    seconds: float
     inputs: tuple[str, ...]
     receives: tuple[str, ...]
     reads_from_store: tuple[str, ...]
     sends: tuple[str, ...]
-    recomputed: int  # nodes that another stage computes, too
+    recomputed: int
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
-    """Where a rewritten model is cut, what each stage does, and the traffic of each mode; `stages` can be run."""
+    """Where a rewritten model is cut, what each stage does, and the traffic of each mode; `stages` can be run.
+
+    Attributes:
+        num_ranks: Processes, P.
+        num_virtual: Stages of each process, V.
+        placement: "loop" or "v".
+        mode: What ranks keep when it runs: "exact", "paper" or "naive".
+        stages: The P * V pieces; `stages[i].module` is a GraphModule with its share of the parameters.
+        values: What crosses a cut, in the order of the wire.
+        routes: What each stage takes, sends and keeps.
+        facts: The same for reading, with sizes and estimated times.
+        traffic: What is sent under each mode.
+        num_blocks: Finished blocks and embeddings that cross, of all streams.
+        tied: Parameters that several stages use, and those stages.
+    """
 
     num_ranks: int
     num_virtual: int
     placement: Placement
     mode: Mode
     stages: tuple[StageGraph, ...]
-    values: tuple[Value, ...]  # what crosses, in the order of the wire
+    values: tuple[Value, ...]
     routes: tuple[StageRoutes, ...]
     facts: tuple[StageFacts, ...]
     traffic: Mapping[Mode, Traffic]
-    num_blocks: int  # finished blocks and embeddings that cross, of all streams
+    num_blocks: int
     tied: Mapping[str, tuple[int, ...]]
 
     @property

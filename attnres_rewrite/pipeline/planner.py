@@ -23,51 +23,77 @@ MODES: tuple[Mode, ...] = ("naive", "paper", "exact")
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that crosses a cut: made in one stage, read in later ones."""
+    """A tensor that crosses a cut: made in one stage, read in later ones.
+
+    Attributes:
+        name: Of its node.
+        made: The stage that computes it.
+        readers: Later stages that read it.
+        num_bytes: Of one microbatch.
+        has_gradient: Something trainable feeds it.
+    """
 
     name: str
-    made: int  # the stage that computes it
-    readers: frozenset[int]  # later stages that read it
-    num_bytes: int  # of one microbatch
-    has_gradient: bool = True  # something trainable feeds it
+    made: int
+    readers: frozenset[int]
+    num_bytes: int
+    has_gradient: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class StageRoutes:
     """What one stage takes, reads from its rank's store, sends on and leaves in the store; names of values.
 
-    `owners` says, for a value at hand, which stage of this rank brought it there: this one, when it was made or
-    received here. `deposits` counts, for each value made or received here, the gradients that later stages of this
-    rank hand in for it.
+    Attributes:
+        stage: Its number.
+        rank: The process that runs it.
+        received: Over the hop from the stage before, in the order of the wire.
+        cached: Read from the store of the rank.
+        made: Computed here.
+        sent: Over the hop to the next stage, in the order of the wire.
+        kept: Left in the store.
+        dropped: (value, owner) whose last use on this rank is here.
+        owners: For a value at hand, which stage of this rank brought it there: this one, when it was made or received
+            here.
+        deposits: For each value made or received here, how many gradients later stages of this rank hand in for it.
     """
 
     stage: int
     rank: int
-    received: tuple[str, ...]  # over the hop from the stage before, in the order of the wire
+    received: tuple[str, ...]
     cached: tuple[str, ...]
     made: tuple[str, ...]
-    sent: tuple[str, ...]  # over the hop to the next stage, in the order of the wire
+    sent: tuple[str, ...]
     kept: tuple[str, ...]
-    dropped: tuple[tuple[str, int], ...]  # (value, owner) whose last use on this rank is here
+    dropped: tuple[tuple[str, int], ...]
     owners: Mapping[str, int]
     deposits: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What crosses between ranks for one microbatch, forward; the backward moves the gradients of the same values."""
+    """What crosses between ranks for one microbatch, forward; the backward moves the gradients of the same values.
+
+    Attributes:
+        mode: What ranks keep.
+        per_hop_units: Values over the hop from stage c to c + 1; 0 where both are on one rank.
+        per_hop_bytes: The bytes of those.
+        held_bytes: The most that each rank holds in its store at once.
+    """
 
     mode: Mode
-    per_hop_units: tuple[int, ...]  # values over the hop from stage c to c + 1; 0 where both are on one rank
+    per_hop_units: tuple[int, ...]
     per_hop_bytes: tuple[int, ...]
-    held_bytes: tuple[int, ...]  # the most that each rank holds in its store at once
+    held_bytes: tuple[int, ...]
 
     @property
     def total_units(self) -> int:
+        """Values over all hops."""
         return sum(self.per_hop_units)
 
     @property
     def total_bytes(self) -> int:
+        """Bytes over all hops."""
         return sum(self.per_hop_bytes)
 
 
