@@ -19,6 +19,7 @@ from attnres_rewrite.errors import (
     NotCompiledError,
     ParallelStreamsError,
     PartitionError,
+    PipelineFailedError,
     PostNormError,
     ProofError,
     RewriteError,
@@ -27,6 +28,7 @@ from attnres_rewrite.errors import (
 )
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.pipeline.plan import PipelinePlan, partition
+from attnres_rewrite.pipeline.saved_plan import load_plan
 from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
@@ -49,6 +51,7 @@ __all__ = [
     "NotCompiledError",
     "PartitionError",
     "Pipeline",
+    "PipelineFailedError",
     "PipelinePlan",
     "ParallelStreamsError",
     "PostNormError",
@@ -66,6 +69,7 @@ __all__ = [
     "inspect",
     "load",
     "load_attnres_parameters",
+    "load_plan",
     "original",
     "partition",
     "placement_for",

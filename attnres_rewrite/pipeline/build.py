@@ -156,7 +156,7 @@ def build_pipeline(
 
     Raises:
         ValueError: The schedule does not fit the plan, or the group has another number of processes.
-        PartitionError: The model returns something that is not a tensor.
+        PartitionError: The model returns something that is not a tensor, or another rank has another plan.
     """
     facts = _checked(plan, schedule, group)
     plan = with_all_gradients(plan) if facts.splits_backward else plan
@@ -214,7 +214,25 @@ def _checked(plan: PipelinePlan, schedule: str, group: dist.ProcessGroup | None)
     size = dist.get_world_size(group)
     if size != plan.num_ranks:
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
+    _refuse_other_plans(plan, group)
     return facts
+
+
+def _refuse_other_plans(plan: PipelinePlan, group: dist.ProcessGroup | None) -> None:
+    own = (plan.model_hash, plan.num_virtual, plan.placement, plan.mode, plan.dropout, plan.cuts)
+    plans: list[Any] = [own] * plan.num_ranks
+    if plan.num_ranks > 1:
+        dist.all_gather_object(plans, own, group=group)
+    for rank, other in enumerate(plans):
+        if other != plans[0]:
+            raise PartitionError(
+                explain(
+                    f"rank {rank} has another plan than rank 0",
+                    None,
+                    f"Rank 0: {plans[0]}\n  rank {rank}: {other}",
+                    "Every rank must rewrite the same model on inputs of the same sizes, and partition it alike.",
+                )
+            )
 
 
 def with_all_gradients(plan: PipelinePlan) -> PipelinePlan:

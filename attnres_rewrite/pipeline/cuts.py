@@ -84,10 +84,11 @@ def balanced_cuts(
 
 
 def named_cuts(places: Sequence[Candidate], graph: fx.Graph, names: Sequence[str]) -> list[Candidate]:
-    """Return the cuts in front of these modules: each begins a stage.
+    """Return the cuts in front of these modules or reads: each begins a stage.
 
     Raises:
-        PartitionError: No module has such a name, it begins no stage, or the names are not in the order of the model.
+        PartitionError: No module or read has such a name, it begins no stage, or the names are not in the order of
+            the model.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     chosen = [_named_cut(places, graph, name, order) for name in names]
@@ -98,6 +99,9 @@ def named_cuts(places: Sequence[Candidate], graph: fx.Graph, names: Sequence[str
 
 
 def _named_cut(places: Sequence[Candidate], graph: fx.Graph, name: str, order: dict[fx.Node, int]) -> Candidate:
+    for place in places:
+        if place.node.meta["attn_res"] == name:
+            return place
     inside = [node for node in graph.nodes if node.op == "call_function" and name in module_path(node)]
     if not inside:
         layers = sorted({owner_of(place.node) for place in places})

@@ -1,15 +1,18 @@
 """partition(): a rewritten model -> the stages of a pipeline, and what it will send, before anything runs."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import module_path
+from attnres_rewrite.fxgraph import module_path, shape_of
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.insert_reads import insert_reads
@@ -30,6 +33,8 @@ from attnres_rewrite.pipeline.planner import (
     ranks_of_stages,
     traffic_of,
 )
+
+Dropout = Literal["keyed", "torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,9 @@ class PipelinePlan:
         num_virtual: Stages of each process, V.
         placement: "loop" or "v".
         mode: What ranks keep when it runs: "exact", "paper" or "naive".
+        dropout: "keyed" or "torch".
+        cuts: The reads that begin stages 1 to P * V - 1.
+        model_hash: Of the rewritten graph with its sizes; a plan is for this one.
         stages: The P * V pieces; `stages[i].module` is a GraphModule with its share of the parameters.
         values: What crosses a cut, in the order of the wire.
         routes: What each stage takes, sends and keeps.
@@ -85,6 +93,9 @@ class PipelinePlan:
     num_virtual: int
     placement: Placement
     mode: Mode
+    dropout: Dropout
+    cuts: tuple[str, ...]
+    model_hash: str
     stages: tuple[StageGraph, ...]
     values: tuple[Value, ...]
     routes: tuple[StageRoutes, ...]
@@ -125,10 +136,13 @@ class PipelinePlan:
             for mode, of in self.traffic.items()
         }
         return {
+            "model_hash": self.model_hash,
             "num_ranks": self.num_ranks,
             "num_virtual": self.num_virtual,
             "placement": self.placement,
             "mode": self.mode,
+            "dropout": self.dropout,
+            "cuts": list(self.cuts),
             "num_blocks": self.num_blocks,
             "balance": self.balance,
             "stages": [asdict(fact) for fact in self.facts],
@@ -145,7 +159,7 @@ def partition(
     cuts: Literal["balanced", "blocks"] | Sequence[str] = "balanced",
     placement: Placement = "loop",
     mode: Mode = "exact",
-    dropout: Literal["keyed", "torch"] = "keyed",
+    dropout: Dropout = "keyed",
     device: Device | None = None,
 ) -> PipelinePlan:
     """Cut a rewritten model into `num_ranks` times `num_virtual` pipeline stages, and plan what they exchange.
@@ -157,7 +171,8 @@ def partition(
         num_ranks: Processes, P.
         num_virtual: Stages of each process, V.
         cuts: "balanced" makes the slowest stage as fast as can be; "blocks" does so with cuts at ends of blocks only,
-            where no partial sum crosses; or the names of the modules that begin stages 1 to P * V - 1.
+            where no partial sum crosses; or the names of the modules, or of the reads (model.layers.3.attn_res.1),
+            that begin stages 1 to P * V - 1.
         placement: "loop" puts stage c on rank c mod P, "v" turns back at the ends.
         mode: What ranks keep: "exact", "paper" or "naive"; see pipeline/planner.py.
         dropout: "keyed" draws every random number from a key of the step and the microbatch, so that all partitions
@@ -171,8 +186,8 @@ def partition(
     if dropout not in ("keyed", "torch"):
         raise ValueError(f"dropout={dropout!r} must be 'keyed' or 'torch'")
     ranks = ranks_of_stages(num_ranks, num_virtual, placement)
-    device = device or Device()
-    graph = _unscheduled(new)
+    graph, device = _unscheduled(new), device or Device()
+    model_hash = hash_of(graph)
     if dropout == "keyed":
         key_draws(graph)
     places, last = candidates(graph, device)
@@ -192,6 +207,9 @@ def partition(
         num_virtual=num_virtual,
         placement=placement,
         mode=mode,
+        dropout=dropout,
+        cuts=tuple(place.node.meta["attn_res"] for place in chosen),
+        model_hash=model_hash,
         stages=parts.stages,
         values=tuple(values),
         routes=routes,
@@ -200,6 +218,20 @@ def partition(
         num_blocks=_num_blocks(new),
         tied=parts.tied,
     )
+
+
+def hash_of(graph: fx.Graph) -> str:
+    """Return the SHA-256 of what a rewritten graph computes and on which sizes, on whatever device."""
+    lines = [
+        f"{node.name} {node.op} {node.target} {_without_devices(node.args)} {_without_devices(node.kwargs)} "
+        f"{shape_of(node)}"
+        for node in graph.nodes
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _without_devices(arguments: Any) -> str:
+    return str(map_aggregate(arguments, lambda value: None if isinstance(value, torch.device) else value))
 
 
 def _unscheduled(new: RewrittenModule) -> fx.Graph:
