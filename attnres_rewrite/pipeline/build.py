@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.tensor import DTensor
 from torch.fx.node import map_aggregate
 
 from attnres_rewrite.errors import PartitionError, explain
@@ -122,13 +123,20 @@ class Pipeline:
         Every rank calls it after each step, before gradients are clipped: copies that start equal then stay equal.
         """
         for tied in self.tied:
-            known = [parameter.grad for parameter in tied.copies if parameter.grad is not None]
-            total = torch.stack(known).sum(0) if known else torch.zeros_like(tied.copies[0])
+            for parameter in tied.copies:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients = [_local(parameter.grad) for parameter in tied.copies]
+            total = torch.stack(gradients).sum(0)
             if tied.group is not None:
                 with ending_together():
                     dist.all_reduce(total, group=tied.group)
-            for parameter in tied.copies:
-                parameter.grad = total.clone()
+            for gradient in gradients:
+                gradient.copy_(total)
+
+
+def _local(gradient: Any) -> Tensor:
+    """Return this process's shard of a gradient that fully_shard distributes: tied copies are sharded alike."""
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def build_pipeline(
@@ -152,7 +160,7 @@ def build_pipeline(
         device: Where this rank computes; its stages are moved there.
         loss_fn: Called with what the model returns and the target of a microbatch; None runs forward only.
         group: Processes of the pipeline; None is all.
-        wrap: Applied to the module of each stage, such as torch.compile.
+        wrap: Applied to the module of each stage: torch.compile, DistributedDataParallel or fully_shard.
 
     Raises:
         ValueError: The schedule does not fit the plan, or the group has another number of processes.
@@ -319,4 +327,5 @@ def _tied(
 
 def _new_group(ranks: list[int], group: dist.ProcessGroup | None) -> Any:
     everywhere = [dist.get_global_rank(group, rank) if group is not None else rank for rank in ranks]
-    return dist.new_group(everywhere)
+    # other pipelines of the same job make groups of their own, and do not call this
+    return dist.new_group(everywhere, use_local_synchronization=True)

@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import module_path, shape_of
+from attnres_rewrite.fxgraph import module_path, op_name, shape_of
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.insert_reads import insert_reads
@@ -223,11 +223,16 @@ def partition(
 def hash_of(graph: fx.Graph) -> str:
     """Return the SHA-256 of what a rewritten graph computes and on which sizes, on whatever device."""
     lines = [
-        f"{node.name} {node.op} {node.target} {_without_devices(node.args)} {_without_devices(node.kwargs)} "
+        f"{node.name} {node.op} {_target_name(node)} {_without_devices(node.args)} {_without_devices(node.kwargs)} "
         f"{shape_of(node)}"
         for node in graph.nodes
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _target_name(node: fx.Node) -> str:
+    # a Python function prints with its address
+    return str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else op_name(node)
 
 
 def _without_devices(arguments: Any) -> str:

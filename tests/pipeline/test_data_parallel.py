@@ -1,0 +1,103 @@
+"""Two pipelines of two ranks each, side by side, their stages wrapped for data parallelism, against one process."""
+
+import functools
+import os
+import socket
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import attnres_rewrite as ar
+from tests.networks import VOCAB
+from tests.pipeline.networks import BATCH, LENGTH, inputs_of, rewritten
+from tests.pipeline.test_build import loss_of
+
+MICROBATCHES = 4
+PIPELINES = 2
+
+
+def compare(wrapper: str, schedule: str) -> float:
+    mesh = init_device_mesh("cpu", (2, PIPELINES), mesh_dim_names=("pp", "dp"))
+    wraps = {
+        "ddp": functools.partial(DistributedDataParallel, process_group=mesh["dp"].get_group()),
+        "fully_shard": functools.partial(fully_shard, mesh=mesh["dp"]),
+    }
+    pipeline = ar.build_pipeline(
+        ar.partition(rewritten("gpt"), 2, 2, placement=ar.placement_for(schedule, 2)),
+        schedule,
+        n_microbatches=MICROBATCHES,
+        device="cpu",
+        loss_fn=loss_of,
+        group=mesh["pp"].get_group(),
+        wrap=wraps[wrapper],
+    )
+    torch.manual_seed(1)
+    count = BATCH * MICROBATCHES * PIPELINES
+    ids, targets = inputs_of("gpt", count)["ids"], torch.randint(0, VOCAB, (count, LENGTH))
+    own = mesh["dp"].get_local_rank()
+    is_first = mesh["pp"].get_local_rank() == 0
+    # twice: gradients of a step that was zeroed must leave nothing behind
+    for _ in range(2):
+        for parameter in pipeline.parameters():
+            parameter.grad = None
+        pipeline.step(*((ids.chunk(PIPELINES)[own],) if is_first else ()), target=targets.chunk(PIPELINES)[own])
+        pipeline.reduce_tied_gradients()
+    return difference(pipeline, ids, targets)
+
+
+def difference(pipeline: ar.Pipeline, ids, targets) -> float:
+    reference, worst, count = rewritten("gpt"), 0.0, MICROBATCHES * PIPELINES
+    for x, y in zip(ids.chunk(count), targets.chunk(count), strict=True):
+        (loss_of(reference(x), y) / count).backward()
+    for stage in pipeline.stages:
+        for name, parameter in stage.submod.named_parameters():
+            found = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            wanted = reference.get_parameter(name.partition("graph.")[2]).grad
+            worst = max(worst, (found - wanted).abs().max().item())
+    return worst
+
+
+def work(rank: int, port: int, cases: list[tuple[str, str]], results: mp.SimpleQueue) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2 * PIPELINES)
+    try:
+        for case in cases:
+            results.put((case, compare(*case)))
+    except BaseException:
+        results.put((None, traceback.format_exc()))
+        # the others wait for this one
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stages_in_data_parallel():
+    cases = [("ddp", "Interleaved1F1B"), ("fully_shard", "Interleaved1F1B"), ("fully_shard", "ZBVZeroBubble")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=work, args=(rank, port, cases, results)) for rank in range(2 * PIPELINES)]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in range(len(workers) * len(cases)):
+            case, worst = results.get()
+            assert case is not None, worst
+            assert worst < 1e-12, case
+        for worker in workers:
+            worker.join(30)
+            assert worker.exitcode == 0
+    finally:
+        for worker in workers:
+            worker.kill()
