@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import attnres_rewrite as ar
 from attnres_rewrite.pipeline.build import value_examples, with_all_gradients
 from attnres_rewrite.pipeline.planner import MODES
+from attnres_rewrite.pipeline.split_backward import anchor_parameters
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
-from tests.networks import VOCAB, Gpt
+from tests.networks import VOCAB, WIDTH, Gpt
 
 ids = torch.arange(12).reshape(2, 6) % VOCAB
 
@@ -36,6 +37,8 @@ def stages_of(plan: ar.PipelinePlan, num_microbatches: int, split: bool) -> list
     found = []
     for number, (graph, routes) in enumerate(zip(plan.stages, plan.routes, strict=True)):
         is_first, is_last = number == 0, number == count - 1
+        if split and not is_first:
+            anchor_parameters(graph.module, len(graph.inputs))
         stage = BlockCacheStage(
             StageModule(graph, routes, is_first=is_first, is_last=is_last, splits_backward=split),
             routes,
@@ -46,6 +49,7 @@ def stages_of(plan: ar.PipelinePlan, num_microbatches: int, split: bool) -> list
             torch.device("cpu"),
             input_args=(torch.empty(ids.shape, dtype=torch.long, device="meta"),),
             output_args=(torch.empty(*ids.shape, VOCAB, dtype=torch.float64, device="meta").requires_grad_(),),
+            inputs=graph.inputs,
         )
         prepare(stage, num_microbatches)
         found.append(stage)
@@ -72,7 +76,9 @@ def play(
         action, number, microbatch = ready.pop(draw.randrange(len(ready)))
         stage = stages[number]
         if action == "forward":
-            out = stage.forward_one_chunk(microbatch, (inputs[microbatch],) if number == 0 else ())
+            x = inputs[microbatch]
+            by_name = {} if number == 0 else {name: x for name in stage.inputs}
+            out = stage.forward_one_chunk(microbatch, (x,) if number == 0 else (), by_name)
             if number == last:
                 losses[microbatch] = loss_of(out, targets[microbatch])
                 ready.append(("backward", number, microbatch))
@@ -99,6 +105,10 @@ def rewritten(config: ar.AttnResConfig, depth: int = 4, tied: bool = False) -> a
     model = Gpt(depth=depth).double()
     if not tied:
         model.head.weight = torch.nn.Parameter(torch.randn_like(model.head.weight))
+    return rewritten_from(model, config)
+
+
+def rewritten_from(model: torch.nn.Module, config: ar.AttnResConfig) -> ar.RewrittenModule:
     new = ar.rewrite(model, (ids,), config=config, verify=False, dynamic_shapes={})
     with torch.no_grad():
         for parameter in ar.attnres_parameters(new):
@@ -152,6 +162,32 @@ def test_frozen_parameters_under_a_split_backward(mode, num_frozen):
     new = rewritten(ar.AttnResConfig(block_size=2))
     freeze(new, new.embed, *(new.layers.get_submodule(str(number)) for number in range(num_frozen)))
     plan = with_all_gradients(ar.partition(new, 2, 2, cuts="blocks", mode=mode))
+    assert_learns_the_same(new, plan, 0, split=True)
+
+
+class Late(Gpt):
+    """Its upper layers share a weight but no bias, and add an embedding that nothing below has."""
+
+    def __init__(self):
+        super().__init__(depth=4)
+        self.late = torch.nn.Embedding(VOCAB, WIDTH)
+        for layer in self.layers:
+            layer.mlp.down.weight = self.layers[0].mlp.down.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for number, layer in enumerate(self.layers):
+            x = layer(x if number != 2 else x + torch.tanh(self.late(ids)))
+        return self.head(self.norm(x))
+
+
+# Once wrong: such gradients were lost, or None
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_a_split_backward_would_lose(mode):
+    # a block begins with the late embedding, which the second stage computes and sends
+    new = rewritten_from(Late().double(), ar.AttnResConfig(block_size=4))
+    plan = ar.partition(new, 3, cuts=["layers.1.attn_res.0", "layers.2.attn_res.0"], mode=mode)
+    assert plan.stages[1].inputs == ("ids",)
     assert_learns_the_same(new, plan, 0, split=True)
 
 
