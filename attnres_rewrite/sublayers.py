@@ -3,7 +3,8 @@
     x1 = x0 + attn(norm(x0));  x2 = x1 + mlp(norm(x1))
     ->  (update 1, layers.0.attn, reads 0, "attention"), (update 2, layers.0.mlp, reads 1, "mlp")
 
-The nodes between a state and an update tell: modules that run for this update alone name it.
+The nodes between a state and an update tell: modules that run for this update alone name it, norms apart (Llama's
+post_attention_layernorm stands before the MLP).
 """
 
 import itertools
@@ -41,7 +42,8 @@ class Sublayer:
 def sublayers_of(stream: ResidualStream) -> tuple[Sublayer, ...]:
     """Describe every update of a stream, in order."""
     states = _states_by_node(stream)
-    regions = [_region(update.branch, states) for update in stream.updates]
+    depends = _depending(stream.root)
+    regions = [_region(update.branch, states, depends) for update in stream.updates]
     modules = [_modules_of(nodes) for nodes, _ in regions]
     shared = Counter(name for of in modules for name in of)
     found: list[Sublayer] = []
@@ -66,14 +68,23 @@ def _states_by_node(stream: ResidualStream) -> dict[fx.Node, int]:
     return states
 
 
-def _region(branch: fx.Node, states: Mapping[fx.Node, int]) -> tuple[set[fx.Node], int | None]:
-    """Return the nodes that an update is computed by, back to the stream, and the newest state among those it meets."""
+def _depending(root: fx.Node) -> set[fx.Node]:
+    """Return the root and every node that is computed from it: tables and masks that all layers share are not."""
+    found = {root}
+    for node in root.graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _region(branch: fx.Node, states: Mapping[fx.Node, int], depends: set[fx.Node]) -> tuple[set[fx.Node], int | None]:
+    """Return the nodes between the stream and an update, and the newest state that they start from."""
     nodes: set[fx.Node] = set()
     newest: int | None = None
     waiting = [branch]
     while waiting:
         node = waiting.pop()
-        if node in nodes:
+        if node in nodes or node not in depends:
             continue
         if node in states:
             newest = states[node] if newest is None else max(newest, states[node])
@@ -94,7 +105,8 @@ def _kind(own: Mapping[str, str]) -> SublayerKind:
     for name, class_name in own.items():
         for text in (name.rpartition(".")[2], class_name.rpartition(".")[2]):
             parts = [part.lower() for part in _WORD.findall(text)]
-            words |= {*parts, *map("".join, itertools.pairwise(parts))}
+            if not any("norm" in part for part in parts):
+                words |= {*parts, *map("".join, itertools.pairwise(parts))}
     attention, mlp = bool(words & _ATTENTION), bool(words & _MLP)
     if attention == mlp:
         return ""
