@@ -64,6 +64,8 @@ def diagnose(
         TypeError: A batch has other inputs than the network.
     """
     program = _program_of(new)
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
     sides = _sides(new, program, baseline)
