@@ -82,7 +82,7 @@ def diagnose(
 ) -> None:
     """Show what MODEL learnt to read: depth-attention weights, magnitudes and gradients, beside the original network.
 
-    MODEL runs in the mode it was saved in. Batches whose loss is not finite are counted and left out.
+    MODEL runs in eval mode where it has one. Batches whose loss is not finite are counted and left out.
 
     Exit status: 0 done, 1 refused with a reason or nothing finite to show, 2 wrong arguments.
     """
@@ -95,6 +95,10 @@ def diagnose(
     found = shared._load(model, config, False, batch, seq)
     twin = None if baseline is None else _load_twin(baseline)
     new = _rewritten(model, found, config)
+    if True in new.programs and False not in new.programs:
+        render.warning("the model was captured in train mode only, so its dropout is in the figures")
+    else:
+        new.eval()
     given = given or _example_data(new)
     with render.counting("batches", _total(given.batches, batches)) as count:
         diagnosis = ar.diagnose(

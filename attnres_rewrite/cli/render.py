@@ -27,6 +27,8 @@ Stage = Callable[[str], None]
 SPINNER_AFTER_S = 1.0
 # Lines in a pipe are for grep: no table is folded to fit a screen that is not there.
 PIPE_WIDTH = 10_000
+# Weights that differ by less are those of a zero query, and rounding.
+ALIKE = 1e-6
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -294,7 +296,8 @@ def _weights_table(reads: "Sequence[ReadDiagnosis]") -> Table:
         top = max(range(len(read.weights)), key=read.weights.__getitem__)
         row = (f"  {read.state}", read.owner or "(the model)", read.before or "-", str(len(read.sources)))
         weight = f"{read.weights[top]:.3f} ± {read.spreads[top]:.3f}"
-        table.add_row(*row, weight, read.sources[top], f"{read.entropy:.3f}", f"{read.effective_sources:.2f}")
+        source = read.sources[top] if read.weights[top] - min(read.weights) > ALIKE else "(all alike)"
+        table.add_row(*row, weight, source, f"{read.entropy:.3f}", f"{read.effective_sources:.2f}")
     return table
 
 
