@@ -91,7 +91,8 @@ def diagnose(
     _check_folder(target, force)
     if not no_plots:
         plots.require_matplotlib()
-    given = None if data is None else _load_data(data)
+    with render.working("load the data"):
+        given = None if data is None else _load_data(data)
     found = shared._load(model, config, False, batch, seq)
     twin = None if baseline is None else _load_twin(baseline)
     new = _rewritten(model, found, config)
