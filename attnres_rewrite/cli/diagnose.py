@@ -101,14 +101,14 @@ def diagnose(
     else:
         new.eval()
     given = given or _example_data(new)
-    with render.counting("batches", _total(given.batches, batches)) as count:
+    with render.counting("batches") as count:
         diagnosis = ar.diagnose(
             new,
-            _blamed(given.batches, data or model),
+            _Blamed(given.batches, data or model),
             loss_fn=given.loss_fn,
             baseline=twin,
             max_batches=batches,
-            progress=lambda done, total: count(done),
+            progress=count,
         )
     _warn(diagnosis, batches)
     target.mkdir(exist_ok=True)
@@ -183,22 +183,26 @@ def _example_data(new: "ar.RewrittenModule") -> _Data:
     return _Data([dict(zip(names, inputs.args, strict=False)) | inputs.kwargs])
 
 
-def _blamed(batches: Iterable[Any], spec: str) -> Iterator[Any]:
-    """Yield the batches; what their code raises is a refusal that names it. No batch is kept."""
-    iterator = iter(batches)
-    while True:
-        with load._blaming(f"the batches of {spec} raised"):
-            try:
-                batch = [next(iterator)]
-            except StopIteration:
-                return
-        yield batch.pop()
+@dataclass(frozen=True, slots=True)
+class _Blamed:
+    """The batches of a user's code: what it raises is a refusal that names it."""
 
+    batches: Iterable[Any]
+    spec: str
 
-def _total(batches: Iterable[Any], wanted: int | None) -> int | None:
-    if not isinstance(batches, Sized):
-        return wanted
-    return len(batches) if wanted is None else min(len(batches), wanted)
+    def __len__(self) -> int:
+        """Return the number of batches; raise TypeError where there is none, as len() does."""
+        return len(cast(Sized, self.batches))
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self.batches)
+        while True:
+            with load._blaming(f"the batches of {self.spec} raised"):
+                try:
+                    held = [next(iterator)]
+                except StopIteration:
+                    return
+            yield held.pop()  # nothing here holds a batch while it is used
 
 
 def _load_twin(path: str) -> Any:
