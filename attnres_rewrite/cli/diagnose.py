@@ -11,14 +11,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, cast
 
-import safetensors
-import safetensors.torch
-import torch
 import typer
-from torch import Tensor
 
 import attnres_rewrite as ar
-from attnres_rewrite import plots
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
 from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
@@ -86,6 +81,8 @@ def diagnose(
 
     Exit status: 0 done, 1 refused with a reason or nothing finite to show, 2 wrong arguments.
     """
+    from attnres_rewrite import plots
+
     config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm)
     target = path or Path(f"{load.name_of(model)}.diagnosis")
     _check_folder(target, force)
@@ -152,6 +149,8 @@ def _load_data(spec: str) -> _Data:
         ModelSpecError: It gives no batches.
         ValueError: `spec` names no file.
     """
+    from torch import Tensor
+
     location, name = load._split(spec)
     path = Path(location)
     if path.suffix != ".py" or not path.is_file():
@@ -207,6 +206,10 @@ class _Blamed:
 
 def _load_twin(path: str) -> Any:
     """Read the values of a twin: a state dict, or the module that a MODEL gives."""
+    import safetensors
+    import safetensors.torch
+    import torch
+
     file = Path(path)
     if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
         return load.load(path).model
