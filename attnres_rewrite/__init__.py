@@ -26,6 +26,7 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.page.html_report import html_report
 from attnres_rewrite.pipeline.plan import PipelinePlan, partition
 from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
@@ -63,6 +64,7 @@ __all__ = [
     "attnres_parameters",
     "build_pipeline",
     "detach",
+    "html_report",
     "inspect",
     "load",
     "load_attnres_parameters",

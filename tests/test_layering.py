@@ -25,7 +25,7 @@ LEVELS = (
         "training_ir",
         "example_inputs",
     },
-    {"pipeline", "artifact", "graph_json", "program_json", "read_parameters", "api"},
+    {"pipeline", "artifact", "graph_json", "program_json", "read_parameters", "api", "page"},
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
 )
@@ -46,6 +46,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "typer": {"cli"},
     "transformers": {"artifact", "cli"},
+    "jinja2": {"page"},
     "networkx": {"passes", "pipeline"},
     "matplotlib": {"plots"},
 }
