@@ -1,6 +1,7 @@
 # Every target makes what it needs. A second run finds the stamps in .venv and starts at once.
 #   make demo       rewrite a Hugging Face model and a hand-written GPT, proofs included
 #   make test       the tests, without the slow ones; make test-all runs every test
+#   make test-browser  the tests of the HTML report, in Chromium without a window
 #   make check      format, lint, types, layers
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
 #   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so
@@ -15,7 +16,7 @@ EXTRA_PACKAGES ?=
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all check bench gpu gpu-run clean
+.PHONY: demo test test-all test-browser check bench gpu gpu-run clean
 
 demo: $(VENV)/.demo
 	@mkdir -p out
@@ -28,6 +29,11 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m "not browser"
+
+test-browser: $(VENV)/.browser
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { echo "no Chromium here: install it (Debian: apt-get install chromium chromium-driver)"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 check: $(VENV)/.dev
 	./check
@@ -51,7 +57,7 @@ gpu-run:
 	  --json benchmarks/results/step_cuda.json
 
 clean:
-	rm -rf $(VENV)/.demo $(VENV)/.dev out
+	rm -rf $(VENV)/.demo $(VENV)/.dev $(VENV)/.browser out
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
@@ -66,4 +72,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(INSTALL) $(DEV) $(EXTRA_PACKAGES)
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(INSTALL) selenium
 	@touch $@

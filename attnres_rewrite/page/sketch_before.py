@@ -40,7 +40,10 @@ def sketch_before(program: Program, plan: BlockPlan, layer: Layer) -> Sketch:
     for number in range(layer.first, layer.last + 1):
         update = plan.stream.updates[number - 1]
         note = f"{numbered('x', number)} = {numbered('x', number - 1)} + {numbered('u', number)}"
-        operands = Operand(update.stream, "stream"), Operand(update.branch)
+        before = states[number - 1]
+        # a cast on the way may be one that a norm made for itself, and would be drawn as coming from there
+        came_from = before if origin(update.stream) is origin(before) else update.stream
+        operands = Operand(came_from, "stream"), Operand(update.branch)
         specials[update.add] = Special(Box("add", "add", note, "stream"), operands)
         branch = origin(update.branch)
         if branch not in window and branch not in inputs:
