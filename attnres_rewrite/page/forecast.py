@@ -42,11 +42,12 @@ class StreamForecast:
 
 @dataclass(frozen=True, slots=True)
 class StepForecast:
-    """One training step of the original, a token: operations and nanoseconds, counted on the example inputs."""
+    """One training step of the original, a token, counted on the example inputs."""
 
     num_tokens: int  # of the example inputs
     flops: float
-    ns: float
+    arithmetic_ns: float  # as if everything but matrix products, convolutions and attention were fused away
+    roofline_ns: float  # as if nothing were fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,14 @@ class Forecast:
         return 1e9 * self.extra_bytes / self.device.bytes_per_s
 
     @property
-    def ratio(self) -> float | None:
-        """Time of a step of the rewritten model over that of the original, as the roofline has it."""
-        return None if self.step is None else 1 + self.extra_ns / self.step.ns
+    def ratios(self) -> tuple[float, float] | None:
+        """Time of a step of the rewritten model over that of the original: nothing of it fused, and all.
+
+        None where the graph has no matrix product, or its sizes are not known.
+        """
+        if self.step is None or not self.step.arithmetic_ns:
+            return None
+        return 1 + self.extra_ns / self.step.roofline_ns, 1 + self.extra_ns / self.step.arithmetic_ns
 
 
 def forecast(report: RewriteReport, model: RewrittenModule | None) -> Forecast:
@@ -124,9 +130,6 @@ def _step(program: Program, device: Device) -> StepForecast | None:
         return None
     nodes: list[fx.Node] = list(program.original.nodes)
     num_tokens = num_bytes_of(root) // value.element_size() // width
-    seconds = sum(seconds_of_many_tokens(node, device) for node in nodes)
-    return StepForecast(
-        num_tokens=num_tokens,
-        flops=STEP_TO_FORWARD * sum(map(flops_of, nodes)) / num_tokens,
-        ns=1e9 * STEP_TO_FORWARD * seconds / num_tokens,
-    )
+    flops = STEP_TO_FORWARD * sum(map(flops_of, nodes)) / num_tokens
+    seconds = STEP_TO_FORWARD * sum(seconds_of_many_tokens(node, device) for node in nodes) / num_tokens
+    return StepForecast(num_tokens, flops, 1e9 * flops / device.flops_per_s, 1e9 * seconds)

@@ -104,6 +104,7 @@ def _environment() -> jinja2.Environment:
     filters: dict[str, Any] = {
         "many": many,
         "size": size_text,
+        "time": time_text,
         "error": error_text,
         "chosen_bytes": chosen_bytes,
         "place": lambda source_line: place(source_line) if source_line else "unknown",
@@ -141,6 +142,15 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} TB"
+
+
+def time_text(ns: float) -> str:
+    """Write a time in the unit that fits: 1500 ns are 1.5 µs."""
+    for unit in ("ns", "µs"):
+        if ns < 1000:
+            return f"{ns:.3g} {unit}"
+        ns /= 1000
+    return f"{ns:,.3g} ms"
 
 
 def error_text(value: float) -> str:

@@ -58,7 +58,7 @@
         row.hidden = !words.every((word) => text.includes(word));
         count += row.hidden ? 0 : 1;
       }
-      shown.textContent = `${count} of ${rows.length} shown`;
+      shown.textContent = `${count.toLocaleString("en")} of ${rows.length.toLocaleString("en")} shown`;
     };
     input.addEventListener("input", filter);
     filter();
