@@ -3,6 +3,7 @@
 inspect   MODEL -> streams, blocks, reads, and the adds left alone; changes nothing
 rewrite   MODEL -> the same, the proofs, and a saved folder
 verify    MODEL -> the proofs' figures
+diagnose  MODEL, data -> weights, magnitudes and gradients, as tables, JSON and plots
 report    MODEL -> one HTML page about its rewrite
 
 Facts go to stdout; progress, notes and refusals to stderr. Exit status: 0 done, 1 refused with a reason,
@@ -19,7 +20,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import attnres_rewrite as ar
-from attnres_rewrite.cli import load, render, report_page
+from attnres_rewrite.cli import load, render
 from attnres_rewrite.errors import AlreadyRewrittenError, ArtifactError, ProofError, RewriteError, explain
 
 MODEL_HELP = (
@@ -296,53 +297,6 @@ def partition(
         render.pipeline(new.report.model, plan)
 
 
-@app.command(
-    epilog=_epilog(
-        "report examples/gpt.py -o gpt.html",
-        "report gpt.attnres --force",
-        "report examples/kimi_linear_48b --meta --block-size 6",
-    )
-)
-def report(
-    model: Model,
-    blocks: Blocks = None,
-    block_size: BlockSize = None,
-    block_layers: BlockLayers = None,
-    output: Output = "sum",
-    schedule: Schedule = "auto",
-    no_key_norm: NoKeyNorm = False,
-    meta: Meta = False,
-    batch: Batch = None,
-    seq: Seq = None,
-    no_verify: NoVerify = False,
-    path: Annotated[
-        Path | None, typer.Option("-o", metavar="PATH", help="File to write. Default: <name>.html, here.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write one HTML page: what is found in MODEL, the proofs, a layer before and after, the schedule, a forecast.
-
-    MODEL is rewritten in memory, and proven. A saved rewrite is shown as it was saved. The page needs no network.
-
-    Exit status: 0 written, 1 refused with a reason or not proven, 2 wrong arguments.
-    """
-    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm)
-    target = path or Path(f"{load.name_of(model)}.html")
-    report_page.check_target(target, force)
-    found = _load(model, config, meta, batch, seq)
-    with render.working("capture") as stage:
-        new = report_page.rewritten(found, config, proves=not (no_verify or meta), progress=stage)
-        stage("write the page")
-        target.write_text(ar.html_report(new), encoding="utf-8")
-    if new.report.verify is None:
-        render.warning("NOTHING WAS PROVEN: the page says so.")
-    if as_json:
-        render.facts(new.report.to_dict() | {"saved": str(target.absolute())})
-    else:
-        render.line(f"saved  {target.absolute()}")
-
-
 def _config(
     blocks: str | None,
     block_size: int | None,
@@ -448,3 +402,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """Run the command line of this process."""
     sys.exit(run(sys.argv[1:]))
+
+
+# commands with a file of their own: they take the options above
+from attnres_rewrite.cli import diagnose, report  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]

@@ -103,3 +103,53 @@ def test_options_that_do_not_apply_to_a_saved_rewrite(cli, tiny_file, tmp_path):
     done = cli("report", saved, "--blocks", 2, "-o", tmp_path / "tiny.html")
     assert done.code == 2
     assert "is a rewrite already" in done.err
+
+
+@pytest.fixture
+def diagnosis(cli, tiny_file, tmp_path):
+    """The file that diagnose writes for the model with two blocks."""
+    folder, data = tmp_path / "figures", tmp_path / "data.py"
+    data.write_text(
+        "import torch\n"
+        "def batches():\n    return [(torch.ones(2, 5, 8),)], lambda outputs, batch: outputs.square().mean()\n"
+    )
+    done = cli("diagnose", tiny_file, "--data", data, "--blocks", 2, "--no-plots", "-o", folder)
+    assert done.code == 0, done.err
+    return folder / "diagnosis.json"
+
+
+def test_the_plots_of_a_diagnosis(cli, tiny_file, diagnosis, tmp_path):
+    target = tmp_path / "tiny.html"
+    done = cli("report", tiny_file, "--blocks", 2, "--no-verify", "--diagnosis", diagnosis, "-o", target)
+    assert done.code == 0
+    page = target.read_text()
+    assert "What the network learnt" in page
+    for title in ("Depth attention", "Magnitudes", "Gradient norms", "Entropies"):
+        assert f'alt="{title}"' in page
+    assert page.count('src="data:image/svg+xml;base64,') == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda reads: reads[0].update(name="layers.9.attn_res.0"), "It has layers.9.attn_res.0 with"),
+        (lambda reads: reads[0]["sources"].append("block 7"), "sources where Tiny has"),
+        (lambda reads: reads.pop(), "reads, and Tiny has"),
+    ],
+)
+def test_the_diagnosis_of_another_model_is_refused(cli, tiny_file, diagnosis, tmp_path, change, says):
+    facts = json.loads(diagnosis.read_text())
+    change(facts["streams"][0]["reads"])
+    diagnosis.write_text(json.dumps(facts))
+    target = tmp_path / "tiny.html"
+    done = cli("report", tiny_file, "--blocks", 2, "--no-verify", "--diagnosis", diagnosis, "-o", target)
+    assert done.code == 1
+    assert "is the diagnosis of another model" in done.err
+    assert says in done.err
+    assert not target.exists()
+
+
+def test_what_is_no_diagnosis_is_refused(cli, tiny_file, tmp_path):
+    done = cli("report", tiny_file, "--diagnosis", tiny_file, "-o", tmp_path / "tiny.html")
+    assert done.code == 1
+    assert "not a diagnosis" in done.err
