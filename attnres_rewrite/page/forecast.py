@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnres_rewrite.fxgraph import num_bytes_of, tensor_of
+from attnres_rewrite.fxgraph import num_bytes_of, shape_of, tensor_of
 from attnres_rewrite.module import Program, RewrittenModule
 from attnres_rewrite.pipeline.costs import Device, flops_of, seconds_of_many_tokens
 from attnres_rewrite.records import ReadGroup
@@ -48,6 +48,7 @@ class StepForecast:
     flops: float
     arithmetic_ns: float  # as if everything but matrix products, convolutions and attention were fused away
     roofline_ns: float  # as if nothing were fused
+    num_uncounted: int  # operations whose sizes depend on the data, such as the tokens of an expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,13 @@ def _step(program: Program, device: Device) -> StepForecast | None:
     # a saved rewrite keeps no sizes
     if value is None:
         return None
-    nodes: list[fx.Node] = list(program.original.nodes)
+    nodes = [node for node in program.original.nodes if _has_known_sizes(node)]
     num_tokens = num_bytes_of(root) // value.element_size() // width
     flops = STEP_TO_FORWARD * sum(map(flops_of, nodes)) / num_tokens
     seconds = STEP_TO_FORWARD * sum(seconds_of_many_tokens(node, device) for node in nodes) / num_tokens
-    return StepForecast(num_tokens, flops, 1e9 * flops / device.flops_per_s, 1e9 * seconds)
+    num_uncounted = len(program.original.nodes) - len(nodes)
+    return StepForecast(num_tokens, flops, 1e9 * flops / device.flops_per_s, 1e9 * seconds, num_uncounted)
+
+
+def _has_known_sizes(node: fx.Node) -> bool:
+    return all(isinstance(size, int) for value in (node, *node.all_input_nodes) for size in shape_of(value) or ())

@@ -46,3 +46,13 @@ def test_the_time_of_a_step_lies_between_all_fused_and_nothing_fused():
     unfused, fused = found.ratios
     assert 1 < unfused < fused
     assert fused == pytest.approx(1 + found.extra_bytes / 2.4e12 / (found.step.flops / 400e12))
+
+
+def test_sizes_that_depend_on_the_data_are_not_counted():
+    def step(layer, x):
+        rows = layer.n1(x).flatten(0, 1)
+        return x + layer.f(layer.n1(x)) * layer.g(rows[rows[:, 0] > 0]).mean()
+
+    new = ar.rewrite(gpt_of(step), (ids(),), dynamic_shapes={}, verify=False)
+    assert forecast(new.report, new).step.num_uncounted > 0
+    assert "whose sizes depend on the data are not counted" in ar.html_report(new)
