@@ -90,7 +90,7 @@ def sketch(
         module, kind = name_box(node)
         if is_part_of_read(node) or (not module and op_name(node) in _FORM_ONLY):
             continue
-        if runs and runs[-1][0] == module and runs[-1][2][0] not in specials:
+        if runs and runs[-1][0] == module and runs[-1][2][0] not in specials and (module or _reads(node, runs[-1][2])):
             runs[-1][2].append(node)
         else:
             runs.append((module, kind, [node]))
@@ -102,6 +102,10 @@ def sketch(
         wire for _, _, nodes in runs for node in nodes for wire in _wires_into(node, column, specials)
     )
     return Sketch(tuple(column.boxes), tuple(wires))
+
+
+def _reads(node: fx.Node, run: Sequence[fx.Node]) -> bool:
+    return any(entry in run or origin(entry) in run for entry in node.all_input_nodes)
 
 
 @dataclass(slots=True)

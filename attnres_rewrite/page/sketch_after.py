@@ -21,18 +21,18 @@ from attnres_rewrite.records import BlockPlan, ReadPlan
 
 def sketch_after(program: Program, plan: BlockPlan, layer: Layer) -> Sketch:
     """Draw the reads of a layer, the boxes between them, and the read behind it."""
-    reads = _reads_to_draw(program.graph, plan, layer)
-    own = [read for read in reads if read.plan.state < layer.last]
     root = next(node for node in program.graph.nodes if node.name == plan.stream.root.name)
+    reads = _reads_to_draw(program.graph, plan, layer, root)
+    own = [read for read in reads if read.plan.state < layer.last]
     # state 0 has no read: what reads it reads the root
     start = own[0].mix if own and layer.first > 1 else root
     mixes = {read.mix for read in reads}
     phases = {read.phase for read in reads if read.phase is not None}
     wanted = {*between(program.graph, {start}, mixes), *mixes, *phases}
-    window = [node for node in program.graph.nodes if node in wanted]
-    specials = _adds(reads, plan, wanted)
-    specials |= {read.phase: _phase_box(read.phase) for read in reads if read.phase is not None}
+    specials = _adds(reads, plan, wanted, root)
+    specials |= {read.phase: _phase_box(read.phase, read.finished) for read in reads if read.phase is not None}
     specials |= {read.mix: _read_box(read) for read in reads}
+    window = [node for node in program.graph.nodes if node in wanted and not _is_scale_of_source(node, specials, root)]
     inputs = _inputs(reads, plan, specials.values(), wanted)
     if start is root and root not in inputs:
         inputs = {root: _root_box(), **inputs}
@@ -51,39 +51,62 @@ class _Read:
     update: fx.Node | None  # what is added to `partial` in the same pass
 
 
-def _reads_to_draw(graph: fx.Graph, plan: BlockPlan, layer: Layer) -> list[_Read]:
+def _reads_to_draw(graph: fx.Graph, plan: BlockPlan, layer: Layer, root: fx.Node) -> list[_Read]:
     """Return the layer's own reads, or the last before them where it has none, and the first behind it."""
     mixes = {node.meta["attn_res"]: node for node in graph.nodes if "attn_res" in node.meta}
     before = [read for read in plan.reads if read.state < layer.last]
     behind = [read for read in plan.reads if read.state >= layer.last]
     own = reads_of(plan, layer) or before[-1:]
-    return [_find(mixes[read.name], read, plan) for read in (*own, *behind[:1])]
+    return [_find(mixes[read.name], read, plan, root) for read in (*own, *behind[:1])]
 
 
-def _find(mix: fx.Node, read: ReadPlan, plan: BlockPlan) -> _Read:
+def _find(mix: fx.Node, read: ReadPlan, plan: BlockPlan, root: fx.Node) -> _Read:
+    phase, partial, update = None, None, None
     if mix.target is block_attn_res:
         sources = _nodes(mix.args[0])
         # the last state of a block has it finished, so its read mixes no partial sum
-        is_open = all(block.stop - 1 != read.state for block in plan.blocks)
-        count = len(sources) - is_open
-        return _Read(read, mix, None, tuple(sources[:count]), sources[-1] if is_open else None, None)
+        if all(block.stop - 1 != read.state for block in plan.blocks):
+            *sources, partial = sources
+    else:
+        phase = _phase_of(mix)
+        sources = _nodes(phase.args[0])
     if mix.target is merge:
-        phase = _phase_of(mix.args[0])
-        return _Read(read, mix, phase, _nodes(phase.args[0]), _node(mix.args[2]), None)
+        partial = _node(mix.args[2])
     if mix.target is add_merge_norm:
-        phase = _phase_of(mix.args[2])
-        update = mix.args[1]
-        added = update if isinstance(update, fx.Node) else None
-        return _Read(read, mix, phase, _nodes(phase.args[0]), _node(mix.args[0]), added)
-    phase = _phase_of(mix)
-    return _Read(read, mix, phase, _nodes(phase.args[0]), None, None)
+        partial = _node(mix.args[0])
+        update = mix.args[1] if isinstance(mix.args[1], fx.Node) else None
+    finished = tuple(_source(node, root) for node in sources)
+    return _Read(read, mix, phase, finished, None if partial is None else _source(partial, root), update)
+
+
+def _source(node: fx.Node, root: fx.Node) -> fx.Node:
+    """Look through what is done to each source alone, but for the cast that begins a block: it makes the source."""
+    while node is not root and op_name(node) != "type_as" and (_is_scale(node) or _has_new_form(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_scale(node: fx.Node) -> bool:
+    return op_name(node) in ("mul", "div", "neg") and len(node.all_input_nodes) == 1
+
+
+def _has_new_form(node: fx.Node) -> bool:
+    return not is_total(node) and origin(node) is not node
+
+
+def _is_scale_of_source(node: fx.Node, specials: Mapping[fx.Node, Special], root: fx.Node) -> bool:
+    """Say whether a node scales a source: its readers are other such nodes, and what mixes sources."""
+    if node in specials or not _is_scale(node):
+        return False
+    drawn = {operand.node for special in specials.values() for operand in special.operands}
+    return _source(node, root) in drawn and node not in drawn
 
 
 def _phase_of(value: object) -> fx.Node:
-    """Go from a mix of phase 1, times the number of sources or not, up to phase 1 itself."""
+    """Go from a read, or a mix of phase 1, times the number of sources or not, up to phase 1 itself."""
     node = _node(value)
     while node.target is not inter_block:
-        node = _node(node.args[0])
+        node = _node(node.args[2 if node.target is add_merge_norm else 0])
     return node
 
 
@@ -97,8 +120,8 @@ def _nodes(values: object) -> tuple[fx.Node, ...]:
     return tuple(_node(value) for value in values)
 
 
-def _phase_box(phase: fx.Node) -> Special:
-    finished, queries = _nodes(phase.args[0]), _nodes(phase.args[1])
+def _phase_box(phase: fx.Node, finished: Sequence[fx.Node]) -> Special:
+    queries = _nodes(phase.args[1])
     note = f"{_many(len(queries), 'read')}, {_many(len(finished), 'finished source')}"
     return Special(Box("phase", "phase 1", note, "mix"), _sources(finished))
 
@@ -130,7 +153,7 @@ def _how(read: _Read) -> str:
     return "the mix of phase 1, as it is"
 
 
-def _adds(reads: Iterable[_Read], plan: BlockPlan, window: set[fx.Node]) -> dict[fx.Node, Special]:
+def _adds(reads: Iterable[_Read], plan: BlockPlan, window: set[fx.Node], root: fx.Node) -> dict[fx.Node, Special]:
     """Find the adds that make the partial sums and the blocks the reads mix, and those before them."""
     found: dict[fx.Node, Special] = {}
     for read in reads:
@@ -139,21 +162,13 @@ def _adds(reads: Iterable[_Read], plan: BlockPlan, window: set[fx.Node]) -> dict
         ]
         if read.partial is not None:
             made.append((read.partial, read.plan.state - (read.update is not None)))
-        for source, update in made:
-            add = _sum(source)
+        for add, update in made:
             while add in window and op_name(add) == "add":
-                before, added = _node(add.args[0]), _node(add.args[1])
+                before, added = _source(_node(add.args[0]), root), _node(add.args[1])
                 box = Box("add", "add", _add_note(plan, update), "partial")
                 found[add] = Special(box, (Operand(before, "partial"), Operand(added)))
-                add, update = _sum(before), update - 1
+                add, update = before, update - 1
     return found
-
-
-def _sum(source: fx.Node) -> fx.Node:
-    """Look through the carriers of a source; the cast that begins a block stays: what it casts is no partial sum."""
-    while op_name(source) != "type_as" and not is_total(source) and origin(source) is not source:
-        source = source.all_input_nodes[0]
-    return source
 
 
 def _add_note(plan: BlockPlan, update: int) -> str:

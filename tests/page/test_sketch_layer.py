@@ -95,6 +95,9 @@ def test_every_read_drawn_has_all_its_sources(name, schedule):
         assert all(wire.start < wire.end for wire in sketch.wires)
         fed = {wire.end for wire in sketch.wires}
         assert fed == {row for row, box in enumerate(sketch.boxes) if box.kind != "input"}
+        assert {wire.start for wire in sketch.wires} == set(range(len(sketch.boxes) - 1))
+        inputs = [box.title for box in sketch.boxes if box.kind == "input"]
+        assert len(inputs) == len(set(inputs))
     drawn = 0
     for row, box in enumerate(sketch.boxes):
         if box.kind == "read":
