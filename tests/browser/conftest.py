@@ -1,22 +1,27 @@
-"""Chromium without a window, and the pages it opens."""
+"""Chromium without a window, and the pages it opens.
+
+selenium is imported in the fixture alone: `make test` collects this folder, and has no selenium.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
 
 import attnres_rewrite as ar
 from tests.networks import gpt, ids
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 ARGUMENTS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
 
-Browse = Callable[..., Chrome]
+Browse = Callable[..., "Chrome"]
 
 
 def executable(name: str) -> str:
@@ -30,6 +35,9 @@ def executable(name: str) -> str:
 @pytest.fixture
 def browse(tmp_path) -> Iterator[Browse]:
     """Open a file in a browser of its own: `browse(path, "--more-arguments")`."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
     drivers: list[Chrome] = []
 
     def start(path: Path, *more: str) -> Chrome:

@@ -1,12 +1,13 @@
 """The report in a real browser: it renders, sorts, searches, and fits."""
 
 import pytest
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 pytestmark = pytest.mark.browser
 
 MOST_BYTES = 5_000_000
+CSS, XPATH = "css selector", "xpath"
+# keys as WebDriver numbers them
+ENTER, SPACE = "\ue007", "\ue00d"
 
 
 def column(driver, section: str, name: str) -> list[str]:
@@ -23,13 +24,13 @@ def column(driver, section: str, name: str) -> list[str]:
 
 
 def header(driver, section: str, name: str):
-    return driver.find_element(By.XPATH, f"//section[@id='{section}']//th[normalize-space()='{name}']")
+    return driver.find_element(XPATH, f"//section[@id='{section}']//th[normalize-space()='{name}']")
 
 
 def click(driver, section: str, name: str) -> str | None:
     """Sort by a column, and return what it says of its order now."""
     cell = header(driver, section, name)
-    driver.execute_script("arguments[0].click()", cell.find_element(By.TAG_NAME, "button"))
+    driver.execute_script("arguments[0].click()", cell.find_element(CSS, "button"))
     return cell.get_attribute("aria-sort")
 
 
@@ -43,9 +44,9 @@ def emulate(driver, width: int, scheme: str = "light", media: str = "screen") ->
 def test_it_renders_without_a_complaint(browse, large_page):
     assert large_page.stat().st_size < MOST_BYTES
     driver = browse(large_page)
-    assert driver.find_element(By.TAG_NAME, "h1").text == "Gpt"
-    assert "Nothing was proven." in driver.find_element(By.CLASS_NAME, "verdict").text
-    drawings = driver.find_elements(By.CSS_SELECTOR, "svg.sketch")
+    assert driver.find_element(CSS, "h1").text == "Gpt"
+    assert "Nothing was proven." in driver.find_element(CSS, ".verdict").text
+    drawings = driver.find_elements(CSS, "svg.sketch")
     assert [drawing.size["height"] > 300 for drawing in drawings] == [True, True]
     assert len(column(driver, "reads", "State")) == 96
     assert driver.get_log("browser") == []
@@ -96,17 +97,17 @@ def test_names_sort_by_their_numbers(browse, large_page):
 def test_the_keyboard_sorts(browse, large_page):
     driver = browse(large_page)
     cell = header(driver, "reads", "State")
-    cell.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
+    cell.find_element(CSS, "button").send_keys(ENTER)
     assert cell.get_attribute("aria-sort") == "ascending"
-    cell.find_element(By.TAG_NAME, "button").send_keys(Keys.SPACE)
+    cell.find_element(CSS, "button").send_keys(SPACE)
     assert cell.get_attribute("aria-sort") == "descending"
     assert column(driver, "reads", "State")[0] == "96"
 
 
 def test_search_shows_the_rows_that_have_all_words(browse, large_page):
     driver = browse(large_page)
-    box = driver.find_element(By.CSS_SELECTOR, "#reads input[type=search]")
-    said = driver.find_element(By.CSS_SELECTOR, "#reads output")
+    box = driver.find_element(CSS, "#reads input[type=search]")
+    said = driver.find_element(CSS, "#reads output")
     assert said.text == "96 of 96 shown"
     box.send_keys("LAYERS.47. two-phase")
     assert column(driver, "reads", "Query") == ["layers.47.attn_res.0.query", "layers.47.attn_res.1.query"]
@@ -129,7 +130,7 @@ def test_the_page_never_scrolls_sideways(browse, large_page, width):
 def test_a_wide_table_scrolls_in_its_box(browse, large_page):
     driver = browse(large_page)
     emulate(driver, 360)
-    box = driver.find_element(By.CSS_SELECTOR, "#reads .scroll")
+    box = driver.find_element(CSS, "#reads .scroll")
     driver.execute_script("arguments[0].scrollLeft = 150", box)
     assert driver.execute_script("return [arguments[0].scrollLeft, scrollX]", box) == [150, 0]
 
@@ -162,8 +163,8 @@ def test_text_is_readable_in_light_and_in_dark(browse, small_page, selector):
 
 def test_without_scripts_the_page_is_whole(browse, large_page):
     driver = browse(large_page, "--blink-settings=scriptEnabled=false")
-    assert len(driver.find_elements(By.CSS_SELECTOR, "#reads tbody tr")) == 96
-    assert driver.find_elements(By.CSS_SELECTOR, "input, button") == []
+    assert len(driver.find_elements(CSS, "#reads tbody tr")) == 96
+    assert driver.find_elements(CSS, "input, button") == []
 
 
 def test_on_paper_tables_are_not_cut_off(browse, large_page):
