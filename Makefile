@@ -1,6 +1,7 @@
 # Every target makes what it needs. A second run finds the stamps in .venv and starts at once.
 #   make demo       rewrite a Hugging Face model and a hand-written GPT, proofs included
 #   make test       the tests, without the slow ones; make test-all runs every test
+#   make test-browser  the tests of the HTML report, in Chromium without a window
 #   make check      format, lint, types, layers
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
 #   make docs       the documentation site, into site/; a warning is an error
@@ -17,7 +18,7 @@ EXTRA_PACKAGES ?=
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-all check bench docs gpu gpu-run clean
+.PHONY: demo test test-all test-browser check bench docs gpu gpu-run clean
 
 demo: $(VENV)/.demo
 	@mkdir -p out
@@ -30,6 +31,11 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m "not browser"
+
+test-browser: $(VENV)/.browser
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	|| { echo "no Chromium here: install it (Debian: apt-get install chromium chromium-driver)"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 check: $(VENV)/.dev
 	./check
@@ -57,7 +63,7 @@ gpu-run:
 	  --json benchmarks/results/step_cuda.json
 
 clean:
-	rm -rf $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs out site
+	rm -rf $(VENV)/.demo $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs out site
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
@@ -76,4 +82,8 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(INSTALL) $(DOCS)
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(INSTALL) selenium
 	@touch $@

@@ -32,6 +32,7 @@ from attnres_rewrite.errors import (
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.page.html_report import html_report
 from attnres_rewrite.pipeline.plan import PipelinePlan, partition
 from attnres_rewrite.pipeline.saved_plan import load_plan
 from attnres_rewrite.pipeline.schedules import placement_for
@@ -77,6 +78,7 @@ __all__ = [
     "depth_weights",
     "detach",
     "diagnose",
+    "html_report",
     "inspect",
     "load",
     "load_attnres_parameters",

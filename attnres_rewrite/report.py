@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig, describe_config, dtype_name
@@ -174,6 +175,16 @@ class RewriteReport:
         """Return the report as JSON-ready values."""
         facts = asdict(replace(self, verify=None))
         return facts | {"verify": self.verify.to_dict() if self.verify else None}
+
+
+def place(source_line: str) -> str:
+    """Shorten "file:line" to what tells files apart: below here, or below the packages."""
+    if not source_line:
+        return "?"
+    path = Path(source_line)
+    if "site-packages" in path.parts:
+        return str(Path(*path.parts[path.parts.index("site-packages") + 1 :]))
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source_line
 
 
 def describe_stream(

@@ -41,6 +41,7 @@ LEVELS = (
         "running_figures",
         "diagnose",
         "plots",
+        "page",
     },
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
@@ -62,6 +63,7 @@ ONLY_IN = {
     "rich": {"cli"},
     "typer": {"cli"},
     "transformers": {"artifact", "cli"},
+    "jinja2": {"page"},
     "networkx": {"passes", "pipeline"},
     "matplotlib": {"plots"},
 }

@@ -4,6 +4,7 @@ inspect   MODEL -> streams, blocks, reads, and the adds left alone; changes noth
 rewrite   MODEL -> the same, the proofs, and a saved folder
 verify    MODEL -> the proofs' figures
 diagnose  MODEL, data -> weights, magnitudes and gradients, as tables, JSON and plots
+report    MODEL -> one HTML page about its rewrite
 
 Facts go to stdout; progress, notes and refusals to stderr. Exit status: 0 done, 1 refused with a reason,
 2 wrong arguments. Every failure ends in `run`, so the commands are straight lines.
@@ -404,4 +405,4 @@ def main() -> NoReturn:
 
 
 # commands with a file of their own: they take the options above
-from attnres_rewrite.cli import diagnose  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]
+from attnres_rewrite.cli import diagnose, report  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]

@@ -9,13 +9,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from attnres_rewrite.report import place
 
 if TYPE_CHECKING:
     from attnres_rewrite import Diagnosis, PipelinePlan
@@ -204,16 +205,6 @@ def _left_alone(console: Console, report: "RewriteReport", all_adds: bool) -> No
     for reason, count in Counter(add.reason for add in report.left_alone).most_common():
         table.add_row(f"  {count}", reason)
     console.print(table)
-
-
-def place(source_line: str) -> str:
-    """Shorten "file:line" to what tells files apart: below here, or below the packages."""
-    if not source_line:
-        return "?"
-    path = Path(source_line)
-    if "site-packages" in path.parts:
-        return str(Path(*path.parts[path.parts.index("site-packages") + 1 :]))
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source_line
 
 
 def proofs(figures: "VerifyReport") -> None:

@@ -28,6 +28,14 @@ def seconds_of(node: fx.Node, device: Device) -> float:
     return max(flops_of(node) / device.flops_per_s, _moved_bytes(node) / device.bytes_per_s)
 
 
+def seconds_of_many_tokens(node: fx.Node, device: Device) -> float:
+    """Estimate one node, forward, without reading its parameters: what a step of many tokens costs, for those here."""
+    moved = _moved_bytes(node)
+    if moved and flops_of(node):
+        moved -= sum(num_bytes_of(entry) for entry in node.all_input_nodes if entry.op == "get_attr")
+    return max(flops_of(node) / device.flops_per_s, moved / device.bytes_per_s)
+
+
 def flops_of(node: fx.Node) -> int:
     """Count the operations of a matrix product, a convolution or an attention; everything else counts as none.
 

@@ -1,0 +1,143 @@
+"""attnres-rewrite report: a model, or a saved rewrite -> one self-contained HTML page about it."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import attnres_rewrite as ar
+from attnres_rewrite import plots
+from attnres_rewrite.cli import app as shared
+from attnres_rewrite.cli import load, render
+from attnres_rewrite.errors import ArtifactError, explain
+
+DiagnosisPath = Annotated[
+    Path | None,
+    typer.Option("--diagnosis", metavar="FILE", help="What diagnose wrote for MODEL, diagnosis.json: adds its plots."),
+]
+PagePath = Annotated[Path | None, typer.Option("-o", metavar="PATH", help="File to write. Default: <name>.html, here.")]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
+
+
+@shared.app.command(
+    epilog=shared._epilog(
+        "report examples/gpt.py -o gpt.html",
+        "report gpt.attnres --diagnosis gpt.diagnosis/diagnosis.json --force",
+        "report examples/kimi_linear_48b --meta --block-size 6",
+    )
+)
+def report(
+    model: shared.Model,
+    blocks: shared.Blocks = None,
+    block_size: shared.BlockSize = None,
+    block_layers: shared.BlockLayers = None,
+    output: shared.Output = "sum",
+    schedule: shared.Schedule = "auto",
+    no_key_norm: shared.NoKeyNorm = False,
+    meta: shared.Meta = False,
+    batch: shared.Batch = None,
+    seq: shared.Seq = None,
+    no_verify: shared.NoVerify = False,
+    diagnosis: DiagnosisPath = None,
+    path: PagePath = None,
+    force: ForceFile = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Write one HTML page: what is found in MODEL, the proofs, a layer before and after, the schedule, a forecast.
+
+    MODEL is rewritten in memory, and proven. A saved rewrite is shown as it was saved. The page needs no network.
+
+    Exit status: 0 written, 1 refused with a reason or not proven, 2 wrong arguments.
+    """
+    config = shared._config(blocks, block_size, block_layers, output, schedule, no_key_norm)
+    target = path or Path(f"{load.name_of(model)}.html")
+    _check_file(target, force)
+    learnt = None if diagnosis is None else _load_diagnosis(diagnosis)
+    found = shared._load(model, config, meta, batch, seq)
+    with render.working("capture") as stage:
+        new = _rewritten(model, found, config, not (no_verify or meta), stage)
+        if learnt is not None:
+            _refuse_other_model(learnt, new.report, str(diagnosis))
+        stage("write the page")
+        figures = None if learnt is None else _draw(learnt)
+        target.write_text(ar.html_report(new, figures=figures), encoding="utf-8")
+    if new.report.verify is None:
+        render.warning("NOTHING WAS PROVEN: the page says so.")
+    if as_json:
+        render.facts(new.report.to_dict() | {"saved": str(target.absolute())})
+    else:
+        render.line(f"saved  {target.absolute()}")
+
+
+def _check_file(target: Path, force: bool) -> None:
+    """Refuse before the work a file that could not be written, or is not to be.
+
+    Raises:
+        ArtifactError: There is a file already and no `force`, or the folder takes no new file.
+        ValueError: There is no such folder.
+    """
+    if not target.parent.is_dir():
+        raise ValueError(f"-o {target}: there is no folder {target.parent}")
+    if target.is_dir():
+        raise ArtifactError(explain(f"{target} is a folder", remedy="-o names the file to write."))
+    if target.exists() and not force:
+        raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another file."))
+    try:
+        # permissions do not tell: a root user passes them all, and a read-only file system has its own mind
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as why:
+        raise ArtifactError(explain(f"{target} cannot be written", None, str(why), "-o names another file.")) from why
+
+
+def _rewritten(
+    model: str, found: load.Loaded, config: "ar.AttnResConfig", proves: bool, stage: render.Stage
+) -> "ar.RewrittenModule":
+    """Return the rewrite that the page is about: the one that was loaded, or one made now."""
+    if load.is_artifact(model):
+        return found.model
+    # a program of meta tensors never runs, so fixed shapes will do, in half the time
+    is_meta = any(parameter.is_meta for parameter in found.model.parameters())
+    shapes = {} if is_meta else None
+    return ar.rewrite(
+        found.model, found.args, found.kwargs, config, dynamic_shapes=shapes, verify=proves, progress=stage
+    )
+
+
+def _load_diagnosis(path: Path) -> "ar.Diagnosis":
+    plots.require_matplotlib()
+    learnt = ar.Diagnosis.load(path)
+    if not learnt.streams:
+        raise ArtifactError(explain(f"{path} has no figures", None, "No batch of that diagnosis was finite."))
+    return learnt
+
+
+def _refuse_other_model(learnt: "ar.Diagnosis", report: "ar.RewriteReport", path: str) -> None:
+    """Refuse a diagnosis whose reads are not those of the page: their names, or what they mix."""
+    seen = [(read.name, len(read.sources)) for stream in learnt.streams for read in stream.reads]
+    wanted = [(read.query_name.removesuffix(".query"), read.num_sources) for read in report.reads]
+    if seen == wanted:
+        return
+    differs = next((pair for pair in zip(seen, wanted, strict=False) if pair[0] != pair[1]), None)
+    why = f"It has {len(seen)} reads, and {report.model} has {len(wanted)}."
+    if differs is not None:
+        (name, count), (own_name, own_count) = differs
+        why = f"It has {name} with {count} sources where {report.model} has {own_name} with {own_count}."
+    raise ArtifactError(
+        explain(f"{path} is the diagnosis of another model", None, why, "Diagnose this one, with the same options.")
+    )
+
+
+def _draw(learnt: "ar.Diagnosis") -> dict[str, str]:
+    """Draw every plot of a diagnosis as SVG text, by its title."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = plots.save_plots(learnt, folder, formats=("svg",))
+        return {_title(file.stem): file.read_text(encoding="utf-8") for file in files}
+
+
+def _title(stem: str) -> str:
+    """Name a plot after its file: "encoder.depth_attention" -> "encoder: depth attention"."""
+    stream, _, plot = stem.rpartition(".")
+    words = plot.replace("_", " ")
+    return f"{stream}: {words}" if stream else words.capitalize()

@@ -1,0 +1,58 @@
+"""Bytes and operations, against counts made by other means."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnres_rewrite as ar
+from attnres_rewrite.page.forecast import forecast
+from tests.networks import gpt, gpt_of, ids
+
+
+def test_bytes_of_a_report(report):
+    found = forecast(report, None)
+    # two reads of a query and a gain of 8 float32
+    assert found.parameter_bytes == 2 * 2 * 8 * 4
+    # the root and two blocks
+    assert found.bank_bytes == 3 * 32
+    # chosen are 512 and 640; one merge has 8 rows that the original moves too
+    assert found.extra_bytes == 512 + 640 - 8 * 32
+    assert found.extra_ns == pytest.approx(896 / 2.4e12 * 1e9)
+    assert found.step is None
+    assert found.ratios is None
+
+
+def test_parameters_are_those_of_the_model():
+    new = ar.rewrite(gpt(), (ids(),), config=ar.AttnResConfig(num_blocks=2), dynamic_shapes={}, verify=False)
+    added = [value for name, value in new.named_parameters() if ".attn_res." in f".{name}"]
+    found = forecast(new.report, new)
+    assert found.num_parameters == sum(value.numel() for value in added)
+    assert found.parameter_bytes == sum(value.numel() * value.element_size() for value in added)
+
+
+def test_operations_are_those_that_torch_counts():
+    model = gpt_of(lambda layer, x: x + layer.f(layer.n1(x + layer.g(layer.n2(x)))))
+    new = ar.rewrite(model, (ids(),), dynamic_shapes={}, verify=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids())
+    step = forecast(new.report, new).step
+    assert step.num_tokens == ids().numel()
+    assert step.flops * step.num_tokens == pytest.approx(3 * counter.get_total_flops())
+
+
+def test_the_time_of_a_step_lies_between_all_fused_and_nothing_fused():
+    new = ar.rewrite(gpt(2), (ids(),), dynamic_shapes={}, verify=False)
+    found = forecast(new.report, new)
+    unfused, fused = found.ratios
+    assert 1 < unfused < fused
+    assert fused == pytest.approx(1 + found.extra_bytes / 2.4e12 / (found.step.flops / 400e12))
+
+
+def test_sizes_that_depend_on_the_data_are_not_counted():
+    def step(layer, x):
+        rows = layer.n1(x).flatten(0, 1)
+        return x + layer.f(layer.n1(x)) * layer.g(rows[rows[:, 0] > 0]).mean()
+
+    new = ar.rewrite(gpt_of(step), (ids(),), dynamic_shapes={}, verify=False)
+    assert forecast(new.report, new).step.num_uncounted > 0
+    assert "whose sizes depend on the data are not counted" in ar.html_report(new)
