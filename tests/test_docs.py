@@ -32,7 +32,7 @@ def test_every_public_name_is_in_the_reference():
     text = "".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
     for name in set(ar.__all__) - {"__version__"}:
         value = getattr(ar, name)
-        if inspect.isclass(value) and issubclass(value, errors.RewriteError):
+        if inspect.isclass(value) and issubclass(value, Exception):
             continue  # the page of errors shows the whole module
         assert re.search(rf"^::: attnres_rewrite\.(\w+\.)*{name}$", text, re.MULTILINE), name
     assert "::: attnres_rewrite.errors" in text

@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import PartitionError, explain
+from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import module_path, op_name, shape_of
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.fuse_reads import fuse_reads
@@ -241,7 +242,7 @@ def _without_devices(arguments: Any) -> str:
 
 def _unscheduled(new: RewrittenModule) -> fx.Graph:
     """Rewrite the original graph again, up to the schedule: a batched phase 1 would make results for later stages."""
-    program = new.programs[new.training]
+    program = program_with_values(new)
     graph, copies = copy_graph(program.original)
     insert_reads(graph, [map_plan(plan, copies) for plan in program.plans], new.config)
     return graph

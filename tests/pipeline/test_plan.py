@@ -48,6 +48,15 @@ def test_the_stages_compute_the_model(new, cuts):
     new.zero_grad()
 
 
+# Once wrong: a saved rewrite keeps no sizes
+def test_a_saved_rewrite_is_cut_alike(new, tmp_path):
+    plan = ar.partition(new, 2, 2)
+    found = ar.partition(ar.load(ar.save(new, tmp_path / "saved")), 2, 2)
+    assert found.cuts == plan.cuts
+    assert found.traffic == plan.traffic
+    torch.testing.assert_close(run_stages(found, ids)[0], new(ids))
+
+
 def test_another_size_than_the_example_runs_where_shapes_are_dynamic(new):
     plan = ar.partition(new, 2)
     other = torch.zeros((3, 5), dtype=torch.long)
