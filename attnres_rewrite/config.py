@@ -42,7 +42,7 @@ class AttnResConfig:
         eps: Added to the mean square of a source, in squared units of the stream.
         schedule: "direct" mixes all sources at each read; "two_phase" mixes the finished blocks once for
             all reads of a block; "auto" takes, for each block, what moves fewer bytes.
-        param_dtype: Of queries and gains; None means the stream's, but never below float32.
+        param_dtype: Of queries, gains and gates; None means the stream's, but never below float32.
         block_layers: Transformer layers a block (Kimi K3's counting); the last may be shorter.
         num_heads: H heads, each a group of D / H consecutive channels with a softmax of its own (arXiv 2603.15031 tries
             H = 16). Keys are normalised over all D channels, as with one head; the logit of head h is the sum of
@@ -54,8 +54,8 @@ class AttnResConfig:
             is the softmax mean (additive routing, arXiv 2605.18855; the gate is ours). The gate is learned and starts
             at zero, so the result starts as the original for any query, in any precision. It is a vector [D], not a
             scalar: at zero queries the mix is parallel to the sum, and norms do not see the length of what they read,
-            so neither a scalar gate nor, behind a gate of zero, a query would have a gradient to start from. With it
-            output="mean" is refused: the sum is in the result.
+            so neither a scalar gate nor, behind a gate of zero, a query would have a gradient to start from. Queries
+            have one from the second step on. With it output="mean" is refused: the sum is in the result.
         recency_bias: Added to the logit of the newest source; fixed, not learned. Weights at zero queries are not
             uniform then, so without a gate the network does NOT start as the original unless it is 0. The report
             says so; the proof against the original is made with the bias at 0.
