@@ -19,7 +19,7 @@ from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import plain_inputs
-from attnres_rewrite.kernels.routes import why_no_kernel
+from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
@@ -50,7 +50,8 @@ def rewrite(
     """Replace the residual stream of `model` by Attention Residuals (arXiv 2603.15031), and prove it.
 
     Every state of the stream is replaced, for what reads it, by a softmax-weighted mix of the embedding, the
-    finished block sums and the open partial sum. New queries are zero: the result computes what `model` does.
+    finished block sums and the open partial sum. New queries are zero: the result computes what `model` does,
+    unless the config has a recency bias and no gate.
 
     Args:
         model: An nn.Module, a torch.export.ExportedProgram, or a torch.fx.GraphModule from any tracer. It is
@@ -237,7 +238,11 @@ def put_reads_in(
 def _report(
     model: Model, config: AttnResConfig, captured: Captured, own: Planned, inserted: Inserted, seconds: float
 ) -> RewriteReport:
-    streams = [describe_stream(plan, inserted.groups, inserted.fused, _why_no_kernel(plan)) for plan in own.plans]
+    reasons = [(_why_no_kernel(plan), _why_no_direct_kernel(config)) for plan in own.plans]
+    streams = [
+        describe_stream(plan, inserted.groups, inserted.fused, *why)
+        for plan, why in zip(own.plans, reasons, strict=True)
+    ]
     return report_from(_name_of(model), config, captured, streams, own.search.left_alone, seconds)
 
 
@@ -246,6 +251,11 @@ def _why_no_kernel(plan: BlockPlan) -> str | None:
     assert root is not None
     most = max((read.num_sources for read in plan.reads), default=0)
     return why_no_kernel(root.device, plan.stream.dtype, most, plan.stream.width)
+
+
+def _why_no_direct_kernel(config: AttnResConfig) -> str | None:
+    reason = why_no_variant_kernel(config.num_heads, config.key_rank, config.recency_bias)
+    return f"{reason}, and no two-phase form" if reason and config.only_direct else reason
 
 
 def _with_copied_parameters(captured: Captured) -> fx.GraphModule:

@@ -16,7 +16,7 @@
 
 On a GPU each is a `torch.library` custom op around Triton kernels, differentiable, and one node for torch.compile; on
 any other device it is plain PyTorch over the list of sources, which Inductor fuses. float64, and channels that are not
-contiguous, run as plain PyTorch on a GPU too; that is warned of, and `launches` says so.
+contiguous, run as plain PyTorch on a GPU too; that is warned of, and `launches` says so. So do the variants of a read.
 
 Sources are a list or tuple of tensors [..., D] of one shape, dtype and device; leading dimensions may have any strides.
 Sums are float32 (float64 for float64), results are cast once to the dtype of the sources. At most 256 sources and
@@ -28,11 +28,20 @@ from typing import Literal
 
 from torch import Tensor
 
-from attnres_rewrite.kernels.checks import check_like, check_scalars, check_sources, check_vector
+from attnres_rewrite.kernels.checks import (
+    check_like,
+    check_scalars,
+    check_sources,
+    check_variant,
+    check_variant_width,
+    check_vector,
+)
 from attnres_rewrite.kernels.inter_block import op as inter_block_op
 from attnres_rewrite.kernels.merge import op as merge_op
+from attnres_rewrite.kernels.mixing import gated_sum
 from attnres_rewrite.kernels.read import op as read_op
-from attnres_rewrite.kernels.routes import launches, reset_launches
+from attnres_rewrite.kernels.routes import launches, reset_launches, why_no_variant_kernel
+from attnres_rewrite.kernels.variant_read import op as variant_op
 
 __all__ = ["add_merge_norm", "attn_res_read", "inter_block", "launches", "merge", "reset_launches"]
 
@@ -46,6 +55,11 @@ def attn_res_read(
     eps: float = 1e-6,
     output: Output = "mean",
     return_weights: bool = False,
+    *,
+    num_heads: int = 1,
+    key_rank: int | None = None,
+    gate: Tensor | None = None,
+    recency_bias: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mix S sources by the softmax of one query against their normalised keys (equations 2 to 4).
 
@@ -54,29 +68,51 @@ def attn_res_read(
 
     Bytes a token: S + 1 u forward, 2S + 1 u backward.
 
+    The last four arguments are its variants, with the meaning that AttnResConfig gives them. A read with several
+    heads, sliced keys or a bias has no kernel and runs as plain PyTorch. A gate is a product and a sum of the sources
+    behind the read, plain PyTorch too, which torch.compile fuses.
+
     Args:
-        sources: S tensors [..., D].
-        query: [D], any floating dtype. With zeros every weight is 1/S.
-        key_norm: Gain of the normalised keys [D], or None for ones.
+        sources: S tensors [..., D], oldest first.
+        query: [D], any floating dtype. With zeros every weight is 1/S. With a key rank [key_rank].
+        key_norm: Gain of the normalised keys, of the shape of `query`, or None for ones.
         eps: Added to the mean square of a source, in its squared units.
         output: "mean" returns the mix, as the paper does; "sum" returns S times the mix.
-        return_weights: Return the weights [..., S] too, float32 (float64), detached.
+        return_weights: Return the weights [..., S] too, float32 (float64), detached; with several heads [..., H, S].
+        num_heads: H, which divides D: a softmax for each group of D / H channels.
+        key_rank: Keys are the last `key_rank` channels of a source; not with several heads.
+        gate: [D]; returns the sum of the sources plus gate times the mix, and goes with output="mean" alone.
+        recency_bias: Added to the logit of the last source.
 
     Returns:
         [..., D] in the dtype of the sources, or that and the weights.
 
     Raises:
-        TypeError: `sources` is not a list or tuple of floating-point tensors, or a parameter is no tensor.
-        ValueError: Shapes, dtypes or devices do not agree, or a limit is passed; both values are named.
+        TypeError: `sources` is not a list or tuple of floating-point tensors, a parameter is no tensor, or a count no
+            integer.
+        ValueError: Shapes, dtypes or devices do not agree, a limit is passed, or arguments contradict; both values are
+            named.
     """
     check_sources(sources)
-    check_vector(query, sources[0], "query")
+    check_variant(num_heads, key_rank, recency_bias)
+    check_variant_width(num_heads, key_rank, sources[0].shape[-1], "the sources")
+    check_vector(query, sources[0], "query", key_rank)
     if key_norm is not None:
-        check_vector(key_norm, sources[0], "key_norm")
+        check_vector(key_norm, sources[0], "key_norm", key_rank)
     check_scalars(eps, output)
-    if return_weights:
-        return read_op.read_with_weights(sources, query, key_norm, eps, output)
-    return read_op.block_attn_res(sources, query, key_norm, eps, output)
+    _check_gate(gate, sources[0], output)
+    variant = num_heads, key_rank, recency_bias
+    if why_no_variant_kernel(*variant) is None:
+        run = read_op.read_with_weights if return_weights else read_op.block_attn_res
+        found = run(sources, query, key_norm, eps, output)
+    else:
+        run = variant_op.variant_read_with_weights if return_weights else variant_op.variant_attn_res
+        found = run(sources, query, key_norm, eps, output, *variant)
+    if gate is None:
+        return found
+    if isinstance(found, tuple):
+        return gated_sum(sources, found[0], gate), found[1]
+    return gated_sum(sources, found, gate)
 
 
 def inter_block(
@@ -214,6 +250,14 @@ def add_merge_norm(
         partial, update, inter_out, lse, query, key_norm, norm_weight, norm_bias, norm_eps, eps,
         _factor(output, num_sources), norm,
     )  # fmt: skip
+
+
+def _check_gate(gate: Tensor | None, like: Tensor, output: str) -> None:
+    if gate is None:
+        return
+    check_vector(gate, like, "gate")
+    if output != "mean":
+        raise ValueError(f"gate is given with output={output!r}: it adds the mean mix to the sum; use output='mean'")
 
 
 def _check_merge(

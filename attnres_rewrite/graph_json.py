@@ -19,13 +19,16 @@ from attnres_rewrite.errors import ArtifactError
 from attnres_rewrite.fxgraph import module_path, source_line
 from attnres_rewrite.inputs import check_inputs
 from attnres_rewrite.kernels.inter_block.op import inter_block
-from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
+from attnres_rewrite.kernels.merge.op import add_merge_norm, merge, with_recency_bias
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 
 Json = Any
 
 _OWN: dict[str, Callable[..., Any]] = {
     "block_attn_res": block_attn_res,
+    "variant_attn_res": variant_attn_res,
+    "with_recency_bias": with_recency_bias,
     "inter_block": inter_block,
     "merge": merge,
     "add_merge_norm": add_merge_norm,

@@ -112,12 +112,15 @@ def lift(value: Any) -> Any:
 class LiftedInterpreter(fx.Interpreter):
     """Run one graph on a LiftedState.
 
-    `float32_ops` names the ops that had no float64 kernel. With `without_eps` the eps of every norm vanishes.
+    `float32_ops` names the ops that had no float64 kernel. With `without_eps` the eps of every norm vanishes, with
+    `without_bias` the recency bias of every read.
     """
 
-    def __init__(self, graph: fx.Graph, state: LiftedState, without_eps: bool = False) -> None:
+    def __init__(
+        self, graph: fx.Graph, state: LiftedState, without_eps: bool = False, without_bias: bool = False
+    ) -> None:
         super().__init__(nn.Module(), garbage_collect_values=True, graph=graph)
-        self.state, self.without_eps = state, without_eps
+        self.state, self.without_eps, self.without_bias = state, without_eps, without_bias
         self.float32_ops: set[str] = set()
         self._fresh: dict[int, Tensor] = {}
 
@@ -142,6 +145,8 @@ class LiftedInterpreter(fx.Interpreter):
         args, kwargs = pytree.tree_map(_lifted_constant, (tuple(args), dict(kwargs)))
         if self.without_eps:
             args, kwargs = _drop_eps(target, args, kwargs)
+        if self.without_bias and "recency_bias" in kwargs:
+            kwargs |= {"recency_bias": 0.0}
         if getattr(target, "_schema", None) is not None and target._schema.name in _FILLED_IN_MEMORY_ORDER:
             args = (args[0].contiguous(), *args[1:])
         try:

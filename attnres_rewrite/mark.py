@@ -46,9 +46,13 @@ class Attachment:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """FQNs of the queries and gains, in the order in which the mark holds them."""
-        kinds = ("query", "key_norm") if self.config.key_norm else ("query",)
-        return tuple(f"{read.name}.{kind}" for stream in self.streams for read in stream.reads for kind in kinds)
+        """FQNs of the queries, gains and gates, in the order in which the mark holds them."""
+        return tuple(
+            f"{read.name}.{kind}"
+            for stream in self.streams
+            for read in stream.reads
+            for kind in self.config.parameter_sizes(stream.width)
+        )
 
     def to_json(self) -> str:
         """Return the attachment as text; equal attachments give equal text."""

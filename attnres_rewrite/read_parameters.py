@@ -1,4 +1,4 @@
-"""The queries and gains of a model's reads: to hand to an optimizer, to load alone."""
+"""The queries, gains and gates of a model's reads: to hand to an optimizer, to load alone."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from attnres_rewrite.errors import ArtifactError, NotAttachedError, explain
 
 
 def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the queries and gains of every read, [D] each, in the order of `model.named_parameters()`.
+    """Return the queries, gains and gates of every read, vectors all, in the order of `model.named_parameters()`.
 
     They want an optimizer group of their own: no weight decay, which would pull gains to zero, and a learning rate of
     their own.
@@ -27,7 +27,7 @@ def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Load the queries and gains, and nothing else, from a checkpoint.
+    """Load the queries, gains and gates, and nothing else, from a checkpoint.
 
     transformers drops them in from_pretrained(), which builds the model before attach() can add them.
 
@@ -80,7 +80,7 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]
-_OF_READ = re.compile(r"(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm))")
+_OF_READ = re.compile(r"(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm|gate))")
 
 
 def _plain_name(name: str) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnres_rewrite.config import AttnResConfig, describe_config, dtype_name
+from attnres_rewrite.config import AttnResConfig, config_from, describe_config, dtype_name
 from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, LeftAlone, ReadGroup
 
 
@@ -91,8 +91,9 @@ class Proof:
 
     Attributes:
         name: "capture" compares the captured graph with the module itself, in the module's dtype; "original" the
-            rewritten graph at zero queries with the original graph; "independent" the rewritten graph at random
-            queries with an interpreter that evaluates the formula.
+            rewritten graph at zero queries, or at zero gates and random queries, with the original graph;
+            "original, bias 0" the same with the recency bias left out, because with it they differ; "independent" the
+            rewritten graph at random queries with an interpreter that evaluates the formula.
         mode: "train" or "eval".
         dtype: In which it ran, as "float64".
         output_error: The largest of any output.
@@ -171,10 +172,23 @@ class RewriteReport:
         """The reads of all streams."""
         return tuple(read for stream in self.streams for read in stream.reads)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user must know about the network that comes out."""
+        config = config_from(self.config)
+        return () if config.starts_as_original else (_BIASED.format(config.recency_bias),)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready values."""
+        """Return the report as JSON-ready values; `notes` only where there are any."""
         facts = asdict(replace(self, verify=None))
+        facts |= {"notes": list(self.notes)} if self.notes else {}
         return facts | {"verify": self.verify.to_dict() if self.verify else None}
+
+
+_BIASED = (
+    "the rewritten network does NOT start as the original: recency_bias={} weighs the newest source of each read from "
+    "the first step on; with gate=True, or a bias of 0, it would"
+)
 
 
 def place(source_line: str) -> str:
@@ -188,9 +202,16 @@ def place(source_line: str) -> str:
 
 
 def describe_stream(
-    plan: BlockPlan, groups: Sequence[ReadGroup], fused: Sequence[FusedRead], why_no_kernel: str | None
+    plan: BlockPlan,
+    groups: Sequence[ReadGroup],
+    fused: Sequence[FusedRead],
+    why_no_kernel: str | None,
+    why_no_direct_kernel: str | None = None,
 ) -> StreamReport:
-    """Return the facts of one planned stream; `groups` and `fused` are those of all streams."""
+    """Return the facts of one planned stream; `groups` and `fused` are those of all streams.
+
+    `why_no_kernel` is why none runs on this device; `why_no_direct_kernel` why none does the reads that are direct.
+    """
     stream = plan.stream
     names = {read.name for read in plan.reads}
     own = tuple(group for group in groups if names.issuperset(group.reads))
@@ -218,8 +239,18 @@ def describe_stream(
             for read in plan.reads
         ),
         groups=own,
-        runs_as="Triton kernels" if why_no_kernel is None else f"plain PyTorch ({why_no_kernel})",
+        runs_as=_runs_as({group.schedule for group in own}, why_no_kernel, why_no_direct_kernel),
     )
+
+
+def _runs_as(schedules: set[str], why_no_kernel: str | None, why_no_direct_kernel: str | None) -> str:
+    if why_no_direct_kernel is not None and schedules == {"direct"}:
+        return f"plain PyTorch ({why_no_direct_kernel})"
+    if why_no_kernel is not None:
+        return f"plain PyTorch ({why_no_kernel})"
+    if why_no_direct_kernel is not None and "direct" in schedules:
+        return f"Triton kernels in two phases, plain PyTorch where direct ({why_no_direct_kernel})"
+    return "Triton kernels"
 
 
 def describe_capture(captured: Captured) -> CaptureReport:
@@ -244,14 +275,14 @@ def report_from(
     pass_seconds: float,
 ) -> RewriteReport:
     """Gather the records of a rewrite; the proofs are added when they have run."""
-    gains = 2 if config.key_norm else 1
+    added = [sum(config.parameter_sizes(stream.width).values()) * len(stream.reads) for stream in streams]
     return RewriteReport(
         model=model,
         config=describe_config(config),
         capture=describe_capture(captured),
         streams=tuple(streams),
         left_alone=tuple(left_alone),
-        num_parameters_added=sum(gains * stream.width * len(stream.reads) for stream in streams),
+        num_parameters_added=sum(added),
         pass_seconds=pass_seconds,
     )
 
@@ -263,6 +294,7 @@ def report_from_dict(facts: dict[str, Any]) -> RewriteReport:
         KeyError: A field is missing.
         TypeError: A field is not known to this release.
     """
+    # `notes` follow from the config
     verify = facts["verify"]
     return RewriteReport(
         model=facts["model"],

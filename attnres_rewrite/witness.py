@@ -2,7 +2,7 @@
 
 It shares no code with insert_reads or the kernels. Each value on a stream is a list of sources beside the
 value that its readers see; an add makes the next list, a carrier maps the list, and the read is evaluated
-by the formula of arXiv 2603.15031, written here once more with a stack and a softmax.
+by the formula of arXiv 2603.15031, written here once more with a stack and a softmax, and so are its variants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,31 +84,51 @@ class DepthInterpreter(LiftedInterpreter):
         return mixed
 
     def _evaluate(self, sources: Sequence[Tensor], step: _Step) -> Tensor:
-        """softmax over s of query . (RMSNorm(source_s) * gain), times the sources."""
+        """softmax over s of query . (RMSNorm(source_s) * gain), times the sources; for each head, with the bias."""
         assert step.read is not None
+        config = self.config
         axis = step.plan.stream.axes[step.state]
         values = torch.stack(list(sources)).movedim(axis + 1, -1)  # [S, ..., D]
         assert values.shape[0] == step.read.num_sources
-        keys = values / (values.pow(2).mean(-1, keepdim=True) + self.config.eps).sqrt()
+        width, rank = values.shape[-1], config.key_rank or values.shape[-1]
+        keys = values.narrow(-1, width - rank, rank)
+        keys = keys / (keys.pow(2).mean(-1, keepdim=True) + config.eps).sqrt()
         parameters = self.state.parameters
-        if self.config.key_norm:
+        if config.key_norm:
             keys = keys * parameters[f"{step.read.name}.key_norm"]
-        weights = torch.softmax(torch.einsum("s...d,d->s...", keys, parameters[step.read.query_name]), dim=0)
-        mix = torch.einsum("s...,s...d->...d", weights, values)
-        if self.config.output == "sum":
+        logits = torch.einsum(
+            "s...d,d,dh->s...h", keys, parameters[step.read.query_name], _heads(rank, config.num_heads, like=values)
+        )
+        newest = torch.arange(values.shape[0], device=values.device) == values.shape[0] - 1
+        logits = logits + config.recency_bias * newest.to(values).reshape(-1, *[1] * (logits.ndim - 1))
+        weights = torch.softmax(logits, dim=0)
+        mix = torch.einsum("s...h,dh,s...d->...d", weights, _heads(width, config.num_heads, like=values), values)
+        if config.gate:
+            mix = values.sum(0) + parameters[f"{step.read.name}.gate"] * mix
+        elif config.output == "sum":
             mix = mix * values.shape[0]
         return mix.movedim(-1, axis)
 
 
-def random_reads(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Draw queries that make logits of order one, and gains around one, for every read."""
+def _heads(width: int, num_heads: int, like: Tensor) -> Tensor:
+    """Return [width, num_heads]: one where a channel is of a head, which is a run of equally many channels."""
+    head = torch.arange(width, device=like.device) // (width // num_heads)
+    return (head.unsqueeze(-1) == torch.arange(num_heads, device=like.device)).to(like)
+
+
+def random_reads(
+    plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], seed: int, num_heads: int = 1
+) -> dict[str, Tensor]:
+    """Draw queries that make logits of order one, gains around one, and gates, for every read."""
     noise = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
     for plan in plans:
         for read in plan.reads:
+            size = parameters[read.query_name].numel() / num_heads if read.query_name in parameters else 1
             for name, centre, spread in (
-                (read.query_name, 0.0, plan.stream.width**-0.5),
+                (read.query_name, 0.0, size**-0.5),
                 (f"{read.name}.key_norm", 1.0, 0.1),
+                (f"{read.name}.gate", 0.0, 1.0),
             ):
                 if name in parameters:
                     like = parameters[name]
@@ -119,5 +139,14 @@ def random_reads(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor], s
 
 def zero_queries(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a zero query for every read, whatever it has learned."""
-    names = [read.query_name for plan in plans for read in plan.reads]
+    return _zeros([read.query_name for plan in plans for read in plan.reads], parameters)
+
+
+def zero_gates(plans: Sequence[BlockPlan], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a zero gate for every read, and random queries and gains, which must not matter then."""
+    closed = _zeros([f"{read.name}.gate" for plan in plans for read in plan.reads], parameters)
+    return random_reads(plans, parameters, seed=3) | closed
+
+
+def _zeros(names: Sequence[str], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(parameters[name]).requires_grad_() for name in names}

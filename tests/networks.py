@@ -1,5 +1,6 @@
 """Small networks that the tests share. Each is a plain module a user might write."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -100,3 +101,9 @@ def gpt(depth: int = 3, dropout: float = 0.0) -> Gpt:
 def ids(batch: int = 2, length: int = 5) -> Tensor:
     """Return token ids [batch, length]."""
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def exported_gpt(depth: int = 3) -> torch.export.ExportedProgram:
+    """Return gpt(depth) captured at ids() with fixed shapes: for tests of many configs."""
+    return torch.export.export(gpt(depth), (ids(),), strict=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import attnres_rewrite as ar
-from tests.networks import gpt, ids
+from tests.networks import exported_gpt, gpt, ids
 from tests.test_capture import Structured
 
 
@@ -159,3 +159,32 @@ def test_a_program_can_name_torch_ops_only(target, message):
     }
     with pytest.raises(ar.ArtifactError, match=message):
         graph_from_json({"nodes": [node | {"meta": {"source": "", "modules": []}}], "call": None})
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"num_heads": 4, "gate": True},
+        {"key_rank": 5, "recency_bias": 1.0},
+        {"gate": True, "recency_bias": -1.0, "schedule": "two_phase"},
+    ],
+)
+def test_a_variant_is_saved_and_loaded(variant, tmp_path):
+    config = ar.AttnResConfig(block_size=2, **variant)
+    first = ar.rewrite(exported_gpt(), (ids(),), config=config, verify=False)
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(first):
+            parameter.normal_()
+    again = ar.load(ar.save(first, tmp_path / "m"))
+    assert (again.config, again.report) == (config, first.report)
+    torch.testing.assert_close(again(ids()), first(ids()), rtol=0, atol=0)
+    assert ar.verify(again).passed
+
+
+def test_without_variants_what_is_written_names_none_of_them(saved):
+    header = json.loads((saved / "attnres.json").read_text())
+    assert set(header["config"]) == {
+        "num_blocks", "block_size", "output", "key_norm", "eps", "schedule", "param_dtype", "block_layers",
+    }  # fmt: skip
+    program = (saved / "program.json").read_text()
+    assert not any(word in program for word in ("gate", "variant_attn_res", "recency_bias"))

@@ -78,6 +78,24 @@ class TestItComputesTheRewrite:
         config = ar.AttnResConfig(block_size=2, schedule=schedule, output=output)
         assert_same(*attached(config=config), rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.parametrize(
+        "variant",
+        [
+            {"num_heads": 4, "gate": True},
+            {"key_rank": 5, "output": "mean", "recency_bias": 1.0},
+            {"gate": True, "recency_bias": -1.0, "schedule": "two_phase"},
+            {"recency_bias": 2.0, "schedule": "direct"},
+        ],
+    )
+    def test_every_variant(self, variant):
+        config = ar.AttnResConfig(block_size=2, **variant)
+        assert_same(*attached(config=config), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.slow
+    def test_a_variant_through_inductor(self):
+        config = ar.AttnResConfig(num_heads=4, gate=True, recency_bias=1.0)
+        assert_same(*attached(small(depth=1), config, backend="attnres"), rtol=1e-10, atol=1e-10)
+
     def test_through_inductor(self):
         assert_same(*attached(small(depth=1), backend="attnres"), rtol=1e-10, atol=1e-10)
 

@@ -120,3 +120,52 @@ def test_wrong_arguments_of_phase_2():
         F.add_merge_norm(SOURCES[0], None, out, lse, QUERY, None, GAIN, GAIN, 1e-6)
     with pytest.raises(ValueError, match="norm='batch'"):
         F.add_merge_norm(SOURCES[0], None, out, lse, QUERY, None, GAIN, None, 1e-6, norm="batch")
+
+
+VARIANTS = [{"num_heads": 4}, {"key_rank": 3}, {"recency_bias": 1.5}, {"num_heads": 2, "recency_bias": -1.0}, {}]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_give_the_mix_their_weights_give(variant):
+    rank = variant.get("key_rank")
+    query, gain = QUERY[:rank], GAIN[:rank]
+    mix, weights = F.attn_res_read(SOURCES, query, gain, return_weights=True, **variant)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    heads = variant.get("num_heads", 1)
+    assert weights.shape == ((2, 3, heads, 3) if heads > 1 else (2, 3, 3))
+    by_head = torch.stack(SOURCES, -1).unflatten(-2, (heads, -1))
+    expected = (by_head * weights.reshape(2, 3, heads, 1, 3)).sum(-1).flatten(-2)
+    torch.testing.assert_close(mix, expected)
+    torch.testing.assert_close(F.attn_res_read(SOURCES, query, gain, output="sum", **variant), 3 * expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_gate_adds_the_mix_to_the_sum(variant):
+    rank, gate = variant.get("key_rank"), torch.linspace(-1, 1, 8, dtype=torch.float64)
+    query = QUERY[:rank]
+    mix = F.attn_res_read(SOURCES, query, **variant)
+    found, weights = F.attn_res_read(SOURCES, query, gate=gate, return_weights=True, **variant)
+    torch.testing.assert_close(found, torch.stack(SOURCES).sum(0) + gate * mix)
+    assert not weights.requires_grad
+    closed = F.attn_res_read(SOURCES, query, gate=torch.zeros(8), **variant)
+    torch.testing.assert_close(closed, torch.stack(SOURCES).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"num_heads": 3}, ValueError, "num_heads=3 does not divide the 8 channels of the sources"),
+        ({"num_heads": 0}, ValueError, "num_heads=0 must be at least 1"),
+        ({"key_rank": 9}, ValueError, "key_rank=9 is more than the 8 channels of the sources"),
+        ({"key_rank": 4}, ValueError, r"query has shape \(8,\); key_rank=4 needs \(4,\)"),
+        ({"key_rank": 4, "query": QUERY[:4], "key_norm": GAIN}, ValueError, r"key_norm has shape \(8,\)"),
+        ({"key_rank": 4, "num_heads": 2}, ValueError, "contradict"),
+        ({"recency_bias": float("inf")}, ValueError, "must be finite"),
+        ({"gate": torch.zeros(1)}, ValueError, r"gate has shape \(1,\); the sources have 8 channels"),
+        ({"gate": 0.5}, TypeError, "gate must be a floating-point tensor, not float"),
+        ({"gate": GAIN, "output": "sum"}, ValueError, "gate is given with output='sum'"),
+    ],
+)
+def test_wrong_arguments_of_a_variant(change, error, message):
+    with pytest.raises(error, match=message):
+        F.attn_res_read(**{"sources": SOURCES, "query": QUERY} | change)

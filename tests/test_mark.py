@@ -13,6 +13,7 @@ STREAM = AttachedStream("stream", 16, 4, (AttachedRead(1, "layers.0.attn_res.0")
     [
         ar.AttnResConfig(num_blocks="full"),
         ar.AttnResConfig(block_size=2, output="mean", key_norm=False, param_dtype=torch.bfloat16, eps=1e-5),
+        ar.AttnResConfig(key_rank=3, gate=True, recency_bias=1.5),
     ],
 )
 def test_an_attachment_survives_as_text(config):

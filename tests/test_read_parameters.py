@@ -145,3 +145,18 @@ class TestHuggingFace:
         ar.detach(llama)
         assert not hasattr(llama.config, "attn_res")
         ar.attach(llama, ar.AttnResConfig(num_blocks=2))
+
+
+def test_gates_are_among_them_and_loaded():
+    def gated():
+        model = Gpt(depth=2)
+        ar.attach(model, ar.AttnResConfig(num_blocks=2, gate=True), (ids,))
+        return model
+
+    trained, model = drawn(gated()), gated()
+    assert len(ar.attnres_parameters(model)) == 12
+    ar.load_attnres_parameters(model, trained.state_dict())
+    assert model.get_parameter("attn_res.0.gate").any()
+    plain = ar.rewrite(Gpt(depth=2), (ids,), config=ar.AttnResConfig(num_blocks=2), verify=False, dynamic_shapes={})
+    with pytest.raises(ar.ArtifactError, match=r"has attn_res\.0\.gate, one of 4"):
+        ar.load_attnres_parameters(plain, trained.state_dict())

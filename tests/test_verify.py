@@ -9,9 +9,10 @@ from torch import Tensor, fx, nn
 import attnres_rewrite as ar
 from attnres_rewrite.api import require_proofs
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.verify import relative_error
-from tests.networks import Gpt, gpt, ids
+from tests.networks import Gpt, exported_gpt, gpt, ids
 
 
 def rewritten(**config: object) -> RewrittenModule:
@@ -194,3 +195,104 @@ def test_relative_error_measures_each_tensor_and_passes_no_nan():
     assert relative_error([one], [one, one]) == float("inf")
     assert relative_error([torch.tensor([1])], [torch.tensor([2])]) == float("inf")
     assert relative_error([3], [4]) == float("inf")
+
+
+VARIANTS = [
+    {"num_heads": 4},
+    {"num_heads": 2, "output": "mean", "key_norm": False},
+    {"key_rank": 5},
+    {"key_rank": 5, "gate": True, "recency_bias": 1.5},
+    {"gate": True, "num_heads": 16},
+    {"gate": True, "schedule": "two_phase"},
+    {"recency_bias": 2.0},
+    {"recency_bias": 2.0, "output": "mean", "schedule": "two_phase"},
+    {"recency_bias": -1.0, "num_heads": 2},
+]
+
+
+def of_exported(**config: object) -> RewrittenModule:
+    config = {"schedule": "direct"} | config
+    return ar.rewrite(exported_gpt(), (ids(),), config=ar.AttnResConfig(block_size=2, **config), verify=False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_both_proofs_hold_for_every_variant(variant):
+    new = of_exported(**variant)
+    report = ar.verify(new)
+    assert report.passed
+    biased = "recency_bias" in variant and "gate" not in variant
+    assert [proof.name for proof in report.proofs] == ["original, bias 0" if biased else "original", "independent"]
+    original, independent = report.proofs
+    # of the reads, three parameters each with a gate
+    added = len(new.report.reads) * len(new.config.parameter_sizes(16))
+    assert independent.num_gradients == original.num_gradients + added
+    for proof in report.proofs:
+        assert proof.output_error < 1e-13
+        assert proof.gradient_error is not None
+        assert proof.gradient_error < 1e-12
+
+
+def test_at_zero_gates_the_original_is_met_whatever_the_queries_are():
+    (original, _) = ar.verify(of_exported(gate=True)).proofs
+    assert (original.output_error, original.gradient_error) == (0.0, 0.0)
+
+
+def test_a_bias_is_told_of_with_what_it_does_to_the_outputs():
+    model = gpt().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # a proof gives constant ones other values
+    config = ar.AttnResConfig(block_size=2, recency_bias=2.0)
+    new = ar.rewrite(model, (ids(),), config=config, verify=False, dynamic_shapes={})
+    assert "does NOT start as the original: recency_bias=2.0" in new.report.notes[0]
+    assert new.report.to_dict()["notes"] == list(new.report.notes)
+    (note,) = ar.verify(new).notes
+    found, wanted = new(ids()), model(ids())
+    error = (found - wanted).abs().max() / wanted.abs().max()
+    assert f"puts its outputs off by {error:.1e}" in note
+
+
+def test_what_starts_as_the_original_has_no_note():
+    for config in ({}, {"gate": True, "recency_bias": 2.0}, {"num_heads": 2}):
+        new = of_exported(**config)
+        assert not new.report.notes
+        assert "notes" not in new.report.to_dict()
+        assert not ar.verify(new).notes
+
+
+def change(**kwargs: object) -> Callable[[fx.Graph], None]:
+    def spoil(graph: fx.Graph) -> None:
+        node = next(node for node in graph.nodes if node.target is variant_attn_res)
+        node.kwargs = {**node.kwargs, **kwargs}
+
+    return spoil
+
+
+def open_the_gate(graph: fx.Graph) -> None:
+    node = next(node for node in graph.nodes if str(node.target).endswith(".gate"))
+    (product,) = node.users
+    product.replace_all_uses_with(product.args[0])
+
+
+def leave_the_read_out(graph: fx.Graph) -> None:
+    node = next(node for node in graph.nodes if str(node.target).endswith(".gate"))
+    (product,) = node.users
+    (total,) = product.users
+    total.replace_all_uses_with(total.args[0])
+
+
+@pytest.mark.parametrize(
+    ("variant", "spoil"),
+    [
+        ({"num_heads": 2}, change(num_heads=4)),
+        ({"num_heads": 2}, change(recency_bias=0.1)),
+        ({"recency_bias": 1.0}, change(recency_bias=0.0)),
+        ({"recency_bias": 1.0}, change(recency_bias=-1.0)),
+        ({"gate": True}, open_the_gate),
+        ({"gate": True}, leave_the_read_out),
+    ],
+)
+def test_every_wrong_variant_fails_a_proof(variant, spoil):
+    new = of_exported(**variant)
+    spoil(new.programs[False].graph)
+    assert not ar.verify(new).passed

@@ -49,6 +49,12 @@ Output = Annotated[
 ]
 Schedule = Annotated[str, typer.Option(metavar="auto|direct|two_phase", help="The order in which reads are computed.")]
 NoKeyNorm = Annotated[bool, typer.Option("--no-key-norm", help="No learned gain on the normalised keys.")]
+Heads = Annotated[int, typer.Option(metavar="H", help="Heads of each read, groups of channels that mix alone.")]
+KeyRank = Annotated[int | None, typer.Option(metavar="R", help="Keys are the last R channels. Not with --heads.")]
+Gate = Annotated[bool, typer.Option("--gate", help="Add reads to the running sum, through gates that start at zero.")]
+RecencyBias = Annotated[
+    float, typer.Option(metavar="B", help="On the logit of the newest source. Starts as another network unless gated.")
+]
 Meta = Annotated[
     bool,
     typer.Option("--meta", help="Build a Hugging Face folder from its config.json, with no weights at all."),
@@ -111,6 +117,10 @@ def inspect(
     output: Output = "sum",
     schedule: Schedule = "auto",
     no_key_norm: NoKeyNorm = False,
+    heads: Heads = 1,
+    key_rank: KeyRank = None,
+    gate: Gate = False,
+    recency_bias: RecencyBias = 0.0,
     meta: Meta = False,
     batch: Batch = None,
     seq: Seq = None,
@@ -121,7 +131,8 @@ def inspect(
 
     Exit status: 0 found, 1 refused with a reason, 2 wrong arguments.
     """
-    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     found = _load(model, config, meta, batch, seq)
     if load.is_artifact(model):
         report = found.model.report
@@ -149,6 +160,10 @@ def rewrite(
     output: Output = "sum",
     schedule: Schedule = "auto",
     no_key_norm: NoKeyNorm = False,
+    heads: Heads = 1,
+    key_rank: KeyRank = None,
+    gate: Gate = False,
+    recency_bias: RecencyBias = 0.0,
     meta: Meta = False,
     batch: Batch = None,
     seq: Seq = None,
@@ -161,7 +176,8 @@ def rewrite(
 
     Exit status: 0 saved, 1 refused with a reason or not proven, 2 wrong arguments.
     """
-    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     _refuse_meta(meta, "rewrite")
     target = path or Path(f"{load.name_of(model)}.attnres")
     _check_target(target, force)
@@ -198,6 +214,10 @@ def verify(
     output: Output = "sum",
     schedule: Schedule = "auto",
     no_key_norm: NoKeyNorm = False,
+    heads: Heads = 1,
+    key_rank: KeyRank = None,
+    gate: Gate = False,
+    recency_bias: RecencyBias = 0.0,
     meta: Meta = False,
     batch: Batch = None,
     seq: Seq = None,
@@ -207,7 +227,8 @@ def verify(
 
     Exit status: 0 proven, 1 refused with a reason or not proven, 2 wrong arguments.
     """
-    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     _refuse_meta(meta, "verify")
     found = _load(model, config, meta, batch, seq)
     with render.working("capture") as stage:
@@ -258,6 +279,10 @@ def partition(
     block_layers: BlockLayers = None,
     output: Output = "sum",
     no_key_norm: NoKeyNorm = False,
+    heads: Heads = 1,
+    key_rank: KeyRank = None,
+    gate: Gate = False,
+    recency_bias: RecencyBias = 0.0,
     meta: Meta = False,
     batch: Batch = None,
     seq: Seq = None,
@@ -273,7 +298,8 @@ def partition(
 
     Exit status: 0 planned, 1 refused with a reason, 2 wrong arguments.
     """
-    config = _config(blocks, block_size, block_layers, output, "auto", no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = _config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     placement = ar.placement_for(pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B"), virtual)
     if target is not None:
         _check_target(target, force)
@@ -304,6 +330,10 @@ def _config(
     output: str,
     schedule: str,
     no_key_norm: bool,
+    heads: int = 1,
+    key_rank: int | None = None,
+    gate: bool = False,
+    recency_bias: float = 0.0,
 ) -> "ar.AttnResConfig":
     return ar.AttnResConfig(
         num_blocks=_count_or_full(blocks),
@@ -312,6 +342,10 @@ def _config(
         output=output,  # pyright: ignore[reportArgumentType]  # AttnResConfig checks it
         schedule=schedule,  # pyright: ignore[reportArgumentType]
         key_norm=not no_key_norm,
+        num_heads=heads,
+        key_rank=key_rank,
+        gate=gate,
+        recency_bias=recency_bias,
     )
 
 

@@ -145,6 +145,8 @@ def _overview(report: "RewriteReport") -> Table:
         table.add_row("  fixed", f"{fixed}: the program takes no other size")
     for note in report.capture.notes:
         table.add_row("  note", note)
+    for note in report.notes:
+        table.add_row("  note", note)
     table.add_row("  config", _config_text(report.config))
     table.add_row("  added", f"{report.num_parameters_added:,} parameters in {_many(len(report.reads), 'read')}")
     table.add_row("  passes", f"{report.pass_seconds:.2f} s")

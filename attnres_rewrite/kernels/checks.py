@@ -1,5 +1,6 @@
 """Say what is wrong with the arguments of an operation: the argument, and both values."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ from torch import Tensor
 
 MAX_SOURCES = 256
 MAX_WIDTH = 16384
+# e^100 is beyond float32 already
+MAX_BIAS = 10_000.0
 
 
 def check_sources(sources: object, name: str = "sources") -> None:
@@ -46,8 +49,8 @@ def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> Non
             raise ValueError(f"{name} has {what} {here}, {other_name} has {there}; they must agree")
 
 
-def check_vector(vector: object, like: Tensor, name: str) -> None:
-    """Check a parameter [D] against a tensor [..., D].
+def check_vector(vector: object, like: Tensor, name: str, key_rank: int | None = None) -> None:
+    """Check a parameter [D] against a tensor [..., D], or one [key_rank].
 
     Raises:
         TypeError: It is not a floating-point tensor.
@@ -55,7 +58,9 @@ def check_vector(vector: object, like: Tensor, name: str) -> None:
     """
     if not isinstance(vector, Tensor) or not vector.dtype.is_floating_point:
         raise TypeError(f"{name} must be a floating-point tensor, not {_described(vector)}")
-    if vector.shape != like.shape[-1:]:
+    if key_rank is not None and vector.shape != (key_rank,):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; key_rank={key_rank} needs ({key_rank},)")
+    if key_rank is None and vector.shape != like.shape[-1:]:
         raise ValueError(f"{name} has shape {tuple(vector.shape)}; the sources have {like.shape[-1]} channels")
     if vector.device != like.device:
         raise ValueError(f"{name} is on {vector.device}, the sources are on {like.device}; they must agree")
@@ -71,6 +76,42 @@ def check_scalars(eps: float, output: str) -> None:
         raise ValueError(f"eps={eps!r} must be positive: a source may be zero")
     if output not in ("sum", "mean"):
         raise ValueError(f"output={output!r} must be 'sum' or 'mean'")
+
+
+def check_variant(num_heads: object, key_rank: object, recency_bias: object) -> None:
+    """Check the variants of a read, whatever the width of its sources.
+
+    Raises:
+        TypeError: A count is not an integer, or the bias is not a number.
+        ValueError: One is out of its range, or several heads are given with a key rank.
+    """
+    counts = {"num_heads": num_heads} if key_rank is None else {"num_heads": num_heads, "key_rank": key_rank}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an integer")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if num_heads != 1 and key_rank is not None:
+        raise ValueError(
+            f"num_heads={num_heads} and key_rank={key_rank} contradict: each head has its keys in its own channels, "
+            "and sliced keys are the last channels; give one of them"
+        )
+    if isinstance(recency_bias, bool) or not isinstance(recency_bias, int | float):
+        raise TypeError(f"recency_bias={recency_bias!r} must be a number")
+    if not math.isfinite(recency_bias) or abs(recency_bias) > MAX_BIAS:
+        raise ValueError(f"recency_bias={recency_bias!r} must be finite, and within {MAX_BIAS:g} of zero")
+
+
+def check_variant_width(num_heads: int, key_rank: int | None, width: int, of: str) -> None:
+    """Check the variants of a read of `width` channels; `of` names what has them.
+
+    Raises:
+        ValueError: The heads do not divide the channels, or there are fewer channels than the key rank.
+    """
+    if width % num_heads:
+        raise ValueError(f"num_heads={num_heads} does not divide the {width} channels of {of}")
+    if key_rank is not None and key_rank > width:
+        raise ValueError(f"key_rank={key_rank} is more than the {width} channels of {of}")
 
 
 def _described(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The softmax mix over a list, which the references of a read and of phase 1 share."""
+"""What is done over a list of sources, without a stack: the softmax mix that references share, and the gated sum."""
 
 from collections.abc import Sequence
 
@@ -21,3 +21,12 @@ def mix_of(logits: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, 
         total = total + weight
         mixed = mixed + weight * value
     return mixed, total, top
+
+
+def gated_sum(sources: Sequence[Tensor], mix: Tensor, gate: Tensor) -> Tensor:
+    """Add a mix [..., D] times its gate [D] to the sum of the sources, in float32 (float64), cast once."""
+    work = torch.promote_types(mix.dtype, torch.float32)
+    total = gate.to(work) * mix.to(work)
+    for source in sources:
+        total = total + source.to(work)
+    return total.to(mix.dtype)

@@ -25,7 +25,8 @@ def launches() -> Mapping[str, int]:
     """Return how often each kernel was launched since `reset_launches`, by its name.
 
     Kernels are named as their files are: "read.forward", "merge.backward". An eager call that ran as plain PyTorch
-    counts as "read: plain (cpu)", with the reason in parentheses. Code that Inductor compiled is not counted.
+    counts as "read: plain (cpu)", with the reason in parentheses; a variant as "variant_read: plain (no kernel for
+    num_heads=4)". Code that Inductor compiled is not counted.
     """
     return dict(_counts)
 
@@ -48,11 +49,22 @@ def runs_triton(operation: str, tensors: Sequence[Tensor], update: Tensor | None
     reason = why_not_triton(tensors, update)
     if reason is None:
         return True
-    if not _is_traced(tensors[0]):
-        count(f"{operation}: plain ({reason})")
-        if tensors[0].is_cuda:
-            _warn_once(operation, reason)
+    _count_plain(operation, reason, tensors[0])
     return False
+
+
+def note_variant(tensor: Tensor, num_heads: int, key_rank: int | None, recency_bias: float) -> None:
+    """Count a variant read, which runs as plain PyTorch everywhere; warn once when that is on a GPU."""
+    reason = why_no_variant_kernel(num_heads, key_rank, recency_bias)
+    if reason is not None:
+        _count_plain("variant_read", reason, tensor)
+
+
+def _count_plain(operation: str, reason: str, tensor: Tensor) -> None:
+    if not _is_traced(tensor):
+        count(f"{operation}: plain ({reason})")
+        if tensor.is_cuda:
+            _warn_once(operation, reason)
 
 
 def _is_traced(tensor: Tensor) -> bool:
@@ -88,6 +100,14 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, wi
     return None
 
 
+def why_no_variant_kernel(num_heads: int, key_rank: int | None, recency_bias: float) -> str | None:
+    """Return which variant of a direct read has no kernel on any device, or None where it is the plain read."""
+    variants = {"num_heads": num_heads != 1, "key_rank": key_rank is not None, "recency_bias": recency_bias != 0}
+    values = {"num_heads": num_heads, "key_rank": key_rank, "recency_bias": recency_bias}
+    found = [f"{name}={values[name]}" for name, used in variants.items() if used]
+    return f"no kernel for {' and '.join(found)}" if found else None
+
+
 @cache
 def _warn_once(operation: str, reason: str) -> None:
-    warnings.warn(f"attnres_rewrite: {operation} runs as plain PyTorch, not as a kernel: {reason}", stacklevel=4)
+    warnings.warn(f"attnres_rewrite: {operation} runs as plain PyTorch, not as a kernel: {reason}", stacklevel=5)

@@ -17,6 +17,7 @@ from torch import fx
 from attnres_rewrite.fxgraph import shape_of, tensor_of
 from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.passes.match_norm import Norm, match_norm
 from attnres_rewrite.passes.normalize_adds import ADD
 from attnres_rewrite.records import FusedRead
@@ -39,8 +40,7 @@ def _is_mix(node: fx.Node) -> bool:
 def _fuse(graph: fx.Graph, mix: fx.Node, order: dict[fx.Node, int]) -> FusedRead:
     name = mix.meta["attn_res"]
     if mix.target is not merge:
-        kind = "it is a direct read" if mix.target is block_attn_res else "its block is finished: phase 1 is the mix"
-        return FusedRead(name, (), kind)
+        return FusedRead(name, (), _why_no_merge(mix))
     norm = match_norm(mix)
     if isinstance(norm, str):
         return FusedRead(name, (), norm)
@@ -48,6 +48,13 @@ def _fuse(graph: fx.Graph, mix: fx.Node, order: dict[fx.Node, int]) -> FusedRead
     _replace(graph, mix, added, norm)
     neighbours = ("add",) * (added is not None) + (f"{norm.kind} norm",)
     return FusedRead(name, neighbours, reason)
+
+
+def _why_no_merge(mix: fx.Node) -> str:
+    if mix.target not in (block_attn_res, variant_attn_res):
+        return "its block is finished: phase 1 is the mix"
+    only_direct = mix.meta.get("only_direct")
+    return f"it is a direct read: {only_direct} has no two-phase form" if only_direct else "it is a direct read"
 
 
 def _add_before(mix: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node | None, str]:

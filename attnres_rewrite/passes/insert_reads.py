@@ -5,17 +5,23 @@
 
 Sources run beside the original nodes: each carrier of the stream is applied to each of them. The original
 adds die; their consumers read the mix. Nothing else moves, so random numbers are drawn in the same order.
+
+With a gate the running sum goes on beside the sources, bit for bit the original, and a read is added to it:
+
+    ->  ...  h2 = x2 + gate * read([x0, part'])
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import AlreadyRewrittenError
 from attnres_rewrite.fxgraph import op_name, place_meta, shape_of, tensor_of
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.passes.carriers import CASTS, carried_input
 from attnres_rewrite.passes.normalize_adds import ADD
 from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream, Update
@@ -34,9 +40,9 @@ def insert_reads(graph: fx.Graph, plans: Sequence[BlockPlan], config: AttnResCon
 
 
 def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
-    """Give every planned read its query (zeros) and its gain (ones), [D] each, under the owner module.
+    """Give every planned read its query (zeros), gain (ones) and gate (zeros), under the owner module.
 
-    They are made on the device of the stream.
+    They are vectors, [D] but for sliced keys, and are made on the device of the stream.
 
     Raises:
         AlreadyRewrittenError: The owner has something named attn_res already.
@@ -46,15 +52,19 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
     if clash := taken & set(names):
         raise AlreadyRewrittenError(f"the model has something named {clash.pop()} already; is it rewritten?")
     for plan in plans:
-        dtype = config.param_dtype or torch.promote_types(plan.stream.dtype, torch.float32)
+        dtype = _parameter_dtype(plan.stream, config)
         root_value = tensor_of(plan.stream.root)
         assert root_value is not None
-        width, device = plan.stream.width, root_value.device
+        sizes, device = config.parameter_sizes(plan.stream.width), root_value.device
         for read in plan.reads:
             holder = _submodule(root, read.name)
-            holder.query = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
-            if config.key_norm:
-                holder.key_norm = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+            for name, size in sizes.items():
+                start = torch.ones if name == "key_norm" else torch.zeros
+                setattr(holder, name, nn.Parameter(start(size, dtype=dtype, device=device)))
+
+
+def _parameter_dtype(stream: ResidualStream, config: AttnResConfig) -> torch.dtype:
+    return config.param_dtype or torch.promote_types(stream.dtype, torch.float32)
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:
@@ -77,7 +87,7 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
     stream = plan.stream
     reads = {read.state: read for read in plan.reads}
     starts = {block.start for block in plan.blocks}
-    sources = [stream.root]
+    sources, total = [stream.root], stream.root
     moved: dict[tuple[fx.Node, int], fx.Node] = {}
     replaced: list[fx.Node] = []
     for state, update in enumerate(stream.updates, start=1):
@@ -89,11 +99,15 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
                 sources.append(_call(graph, aten.type_as.default, (added, sources[0]), like=update.add))
             else:
                 sources[-1] = _call(graph, ADD, (sources[-1], added), like=update.add)
+            if config.gate:
+                total = _call(graph, ADD, (_carried(graph, total, update), added), like=update.add)
             # a state that nobody reads may still be asked for its shape
-            mix = sources[0]
+            mix = total if config.gate else sources[0]
             if state in reads:
                 open_block = state + 1 not in starts and state < len(stream.updates)
                 mix = _read(graph, sources, open_block, stream, reads[state], config, moved, like=update.add)
+                if config.gate:
+                    mix = _added_to(graph, total, mix)
             update.add.replace_all_uses_with(mix)
         replaced += [*update.carriers, update.add]
     _erase_dead(graph, replaced)
@@ -154,9 +168,7 @@ def _read(
     mixed = [moved[source, axis] for source in sources]
     query = graph.get_attr(read.query_name)
     gain = graph.get_attr(f"{read.name}.key_norm") if config.key_norm else None
-    mix = graph.call_function(
-        block_attn_res, (mixed, query), {"key_norm": gain, "eps": config.eps, "output": config.output}
-    )
+    mix = _call_read(graph, mixed, query, gain, config)
     for node in (query, gain, mix):
         if node is not None:
             node.meta = place_meta(like)
@@ -168,7 +180,51 @@ def _read(
         "num_finished": len(sources) - open_block,
         "from_node": like.meta.get("from_node", []),
     }
+    if config.only_direct:
+        mix.meta["only_direct"] = config.only_direct
+    if config.gate:
+        mix = _gated(graph, mix, read, _parameter_dtype(stream, config))
     return _moved(graph, mix, rank - 1, axis, like)
+
+
+def _call_read(
+    graph: fx.Graph, sources: list[fx.Node], query: fx.Node, gain: fx.Node | None, config: AttnResConfig
+) -> fx.Node:
+    """Call the read, or its variant where the config asks for one."""
+    options: dict[str, Argument] = {
+        "key_norm": gain,
+        "eps": config.eps,
+        "output": "mean" if config.gate else config.output,
+    }
+    if not (config.only_direct or config.recency_bias):
+        return graph.call_function(block_attn_res, (sources, query), options)
+    options |= {"num_heads": config.num_heads, "key_rank": config.key_rank, "recency_bias": float(config.recency_bias)}
+    return graph.call_function(variant_attn_res, (sources, query), options)
+
+
+def _gated(graph: fx.Graph, mix: fx.Node, read: ReadPlan, dtype: torch.dtype) -> fx.Node:
+    """Multiply a mix [..., D] by its gate [D]."""
+    gate = graph.get_attr(f"{read.name}.gate")
+    gated = graph.call_function(aten.mul.Tensor, (mix, gate))
+    value = tensor_of(mix)
+    assert value is not None
+    gate.meta = place_meta(mix)
+    gated.meta = place_meta(mix) | {"val": value.to(torch.promote_types(value.dtype, dtype)), "gate_of": read.name}
+    return gated
+
+
+def _added_to(graph: fx.Graph, total: fx.Node, gated: fx.Node) -> fx.Node:
+    """Add a gated mix to the running sum, in the wider dtype of the two, and cast the result once."""
+    value, wide = tensor_of(total), tensor_of(gated)
+    assert value is not None
+    assert wide is not None
+    added = _call(graph, ADD, (total, gated), like=total)
+    added.meta |= {"val": value.to(wide.dtype), "gate_of": gated.meta.get("gate_of")}
+    if value.dtype == wide.dtype:
+        return added
+    cast = _call(graph, aten.type_as.default, (added, total), like=total)
+    cast.meta["gate_of"] = added.meta["gate_of"]
+    return cast
 
 
 def _moved(graph: fx.Graph, node: fx.Node, source: int, target: int, like: fx.Node) -> fx.Node:

@@ -17,6 +17,7 @@ from torch import fx
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import UnpreservedReadError, explain
 from attnres_rewrite.fxgraph import module_classes, module_path, place_of, source_line
+from attnres_rewrite.kernels.checks import check_variant_width
 from attnres_rewrite.records import BlockPlan, ReadPlan, ResidualStream
 
 DEFAULT_BLOCKS = 8
@@ -26,12 +27,15 @@ def plan_blocks(graph: fx.Graph, streams: Sequence[ResidualStream], config: Attn
     """Plan every stream; the graph is not changed.
 
     Raises:
-        ValueError: A stream has fewer updates than `num_blocks`, or no layers to count by.
+        ValueError: A stream has fewer updates than `num_blocks`, no layers to count by, or a width that `num_heads`
+            or `key_rank` does not fit.
         UnpreservedReadError: output="mean", and a consumer depends on the scale of a state.
     """
     if config.output == "mean":
         for stream in streams:
             _refuse_scale_readers(stream)
+    for stream in streams:
+        check_variant_width(config.num_heads, config.key_rank, stream.width, stream.name)
     plans = [BlockPlan(stream, _blocks(stream, config), ()) for stream in streams]
     parents = {fqn for node in graph.nodes for fqn in module_path(node)[:-1]}
     counters: dict[str, Iterator[int]] = {}

@@ -5,6 +5,10 @@
 
 The finished sources are read once for all of them (arXiv 2603.15031, algorithm 1). Reads are grouped by their sources,
 so a cast or a scale between two states, which makes other sources, ends a group.
+
+A recency bias is on the newest source, so that is never a finished one that others share: the read at the end of a
+block merges the sum of that block, too, and the bias is taken off the log-sum-exp of what it is merged with. Variants
+with several heads or sliced keys stay direct.
 """
 
 import operator
@@ -16,8 +20,9 @@ from torch import fx
 from attnres_rewrite.config import Schedule
 from attnres_rewrite.fxgraph import place_meta, tensor_of
 from attnres_rewrite.kernels.inter_block.op import inter_block
-from attnres_rewrite.kernels.merge.op import merge
+from attnres_rewrite.kernels.merge.op import merge, with_recency_bias
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.passes.match_norm import Norm, match_norm
 from attnres_rewrite.records import ReadGroup
 
@@ -26,7 +31,7 @@ def schedule_reads(graph: fx.Graph, schedule: Schedule) -> tuple[ReadGroup, ...]
     """Schedule every read of a rewritten graph; "auto" takes, for each group, what moves fewer bytes."""
     found: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.target is block_attn_res:
+        if node.target in (block_attn_res, variant_attn_res):
             found.setdefault(_finished(node), []).append(node)
     groups = tuple(_group(finished, reads, schedule) for finished, reads in found.items())
     for group, reads in zip(groups, found.values(), strict=True):
@@ -37,7 +42,15 @@ def schedule_reads(graph: fx.Graph, schedule: Schedule) -> tuple[ReadGroup, ...]
 
 
 def _finished(read: fx.Node) -> tuple[fx.Node, ...]:
+    if _bias(read) and "only_direct" not in read.meta:
+        return tuple(_sources(read)[:-1])
     return tuple(_sources(read)[: read.meta["num_finished"]])
+
+
+def _bias(read: fx.Node) -> float:
+    bias = read.kwargs.get("recency_bias", 0.0)
+    assert isinstance(bias, float)
+    return bias
 
 
 def _sources(read: fx.Node) -> Sequence[fx.Node]:
@@ -55,6 +68,8 @@ def _group(finished: Sequence[fx.Node], reads: Sequence[fx.Node], schedule: Sche
     counts = len(finished), len(reads), len(merges)
     direct, two_phase = row_bytes * direct_rows(*counts), row_bytes * two_phase_rows(*counts, fused)
     chosen = schedule if schedule != "auto" else "two_phase" if two_phase < direct else "direct"
+    if "only_direct" in reads[0].meta:
+        chosen = "direct"
     names = tuple(read.meta["attn_res"] for read in reads)
     return ReadGroup(names, len(finished), len(merges), chosen, direct, two_phase)
 
@@ -104,6 +119,8 @@ def _split(graph: fx.Graph, reads: Sequence[fx.Node]) -> None:
             factor = len(_sources(read)) if read.kwargs["output"] == "sum" else 1
             if len(_sources(read)) > len(finished):
                 lse = graph.call_function(operator.getitem, (lses, position))
+                if _bias(read):
+                    lse = graph.call_function(with_recency_bias, (lse,), {"recency_bias": _bias(read)})
                 options = {"key_norm": gains[position], "eps": read.kwargs["eps"], "factor": float(factor)}
                 mix = graph.call_function(merge, (mix, lse, _sources(read)[-1], queries[position]), options)
             elif factor > 1:

@@ -66,6 +66,6 @@ def _size(node: fx.Node, position: int, name: str, dim: int) -> int:
 def _moved_bytes(node: fx.Node) -> int:
     if node.op != "call_function" or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view):
         return 0
-    if flops_of(node) or op_name(node) == "block_attn_res":
+    if flops_of(node) or op_name(node) in ("block_attn_res", "variant_attn_res"):
         return num_bytes_of(node) + sum(num_bytes_of(entry) for entry in node.all_input_nodes)
     return num_bytes_of(node)

@@ -125,6 +125,7 @@ def _named_cut(places: Sequence[Candidate], graph: fx.Graph, name: str, order: d
 def _adjacent(read: fx.Node, first: fx.Node) -> bool:
     """Say whether nothing is computed between a read and the first node of a module."""
     node = read.next
-    while node.op != "call_function":
+    # a gate is part of the read
+    while node.op != "call_function" or node.meta.get("gate_of") == read.meta["attn_res"]:
         node = node.next
     return node is first

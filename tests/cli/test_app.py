@@ -71,6 +71,8 @@ def refusing(*_, **__):
         (("--blocks", "3", "--output", "mean"), {"num_blocks": 3, "output": "mean"}),
         (("--block-size", "6", "--no-key-norm"), {"block_size": 6, "key_norm": False}),
         (("--block-layers", "2", "--schedule", "direct"), {"block_layers": 2, "schedule": "direct"}),
+        (("--heads", "4", "--gate"), {"num_heads": 4, "gate": True}),
+        (("--key-rank", "3", "--recency-bias", "-1.5"), {"key_rank": 3, "recency_bias": -1.5}),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "rewrite", "verify"])

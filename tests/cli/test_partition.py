@@ -41,6 +41,13 @@ def test_named_cuts(cli):
     assert [stage["modules"][0] for stage in stages][1:] == ["layers.2", "layers.4"]
 
 
+def test_a_gate_sends_the_running_sum_as_well(cli):
+    done = cli("partition", GPT, "--ranks", 2, "--blocks", 4, "--cuts", "blocks", "--gate", "--json")
+    plain = cli("partition", GPT, "--ranks", 2, "--blocks", 4, "--cuts", "blocks", "--json")
+    units = [json.loads(one.out)["traffic"]["exact"]["total_units"] for one in (done, plain)]
+    assert units[0] == units[1] + 1
+
+
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
@@ -48,6 +55,7 @@ def test_named_cuts(cli):
         (("--ranks", 2, "--cuts", "nothing"), 1, "no module is called nothing"),
         (("--ranks", 2, "--schedule", "DualPipeV"), 2, "DualPipeV runs 2 stage(s) on a rank, not 1"),
         (("--ranks", 0), 2, "at least 1"),
+        (("--ranks", 2, "--heads", 3), 2, "num_heads=3 does not divide the"),
         (("--ranks", 2, "--mode", "best"), 2, "'naive', 'paper', 'exact'"),
     ],
 )

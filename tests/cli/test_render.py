@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from dataclasses import replace
 
 from attnres_rewrite.cli import render
 
@@ -35,6 +36,12 @@ def test_a_report_in_a_pipe(report, capsys):
         "2 other adds left alone",
         "  2  it adds [bold] a bias",
     ]
+
+
+def test_a_network_that_starts_as_another_one_is_told_of(report, capsys):
+    render.report(replace(report, config=report.config | {"recency_bias": 2.0}))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note the rewritten network does NOT start as the original: recency_bias=2.0" in printed
 
 
 def test_all_adds_lists_each(report, capsys):

@@ -2,7 +2,8 @@
 
 import random
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,8 +31,13 @@ class Failure:
         return other is not None and (self.step, self.error) == (other.step, other.error)
 
 
-def failure(spec: NetworkSpec) -> Failure | None:
-    """Find, rewrite, prove and train the network of `spec`; return the first step that fails."""
+def failure(
+    spec: NetworkSpec, config_of: "Callable[[NetworkSpec, Generated], ar.AttnResConfig] | None" = None
+) -> Failure | None:
+    """Find, rewrite, prove and train the network of `spec`; return the first step that fails.
+
+    `config_of` draws what to rewrite with; random_config if it is None.
+    """
     made = build(spec)
     step = "rewrite"
     try:
@@ -39,7 +45,7 @@ def failure(spec: NetworkSpec) -> Failure | None:
         shapes = None if spec.seed % DYNAMIC_EVERY == 0 else {}
         both_modes = spec.seed % DYNAMIC_EVERY == 0 or (is_random(spec) and spec.seed % 2 == 0)
         given = made.model if both_modes else exported(made)
-        new = ar.rewrite(given, made.args, config=random_config(spec, made), dynamic_shapes=shapes)
+        new = ar.rewrite(given, made.args, config=(config_of or random_config)(spec, made), dynamic_shapes=shapes)
         step = "found"
         check_found(made, new)
         step = "report"
@@ -80,6 +86,30 @@ def random_config(spec: NetworkSpec, made: Generated) -> ar.AttnResConfig:
     schedule = draw.choice(("auto", "direct", "two_phase"))
     output = output if made.mean_preserves else "sum"
     return ar.AttnResConfig(output=output, key_norm=key_norm, schedule=schedule, **grouping)
+
+
+def variant_config(spec: NetworkSpec, made: Generated) -> ar.AttnResConfig:
+    """Draw a config as random_config does, with one or more variants of the read."""
+    draw = random.Random(f"variant {spec.seed}")
+    config = random_config(spec, made)
+    chosen: dict[str, Any] = {}
+    while not chosen:
+        form = draw.choice(("heads", "rank", "neither"))
+        if form == "heads":
+            heads = [number for number in range(2, spec.width + 1) if spec.width % number == 0]
+            chosen["num_heads"] = draw.choice(heads)
+        elif form == "rank":
+            chosen["key_rank"] = draw.randint(1, spec.width)
+        if draw.random() < 0.5:
+            chosen["gate"] = True
+        if draw.random() < 0.5:
+            chosen["recency_bias"] = draw.choice((-1.0, 0.5, 2.0, 8.0))
+    # what AttnResConfig says contradicts
+    if chosen.get("gate"):
+        chosen["output"] = "sum"
+    if config.schedule == "two_phase" and ("num_heads" in chosen or "key_rank" in chosen):
+        chosen["schedule"] = "auto"
+    return replace(config, **chosen)
 
 
 def check_found(made: Generated, new: ar.RewrittenModule) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnres_rewrite.kernels.routes import why_no_kernel, why_not_triton
+from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel, why_not_triton
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -25,3 +25,16 @@ def test_why_no_kernel(arguments, reason):
 
 def test_tensors_on_a_cpu_are_no_work_for_a_kernel():
     assert why_not_triton([torch.zeros(2, 8)]) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ((1, None, 0.0), None),
+        ((4, None, 0.0), "no kernel for num_heads=4"),
+        ((1, 8, 0.0), "no kernel for key_rank=8"),
+        ((2, None, -1.5), "no kernel for num_heads=2 and recency_bias=-1.5"),
+    ],
+)
+def test_why_no_variant_kernel(variant, reason):
+    assert why_no_variant_kernel(*variant) == reason

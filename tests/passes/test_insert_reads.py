@@ -6,8 +6,9 @@ from torch import Tensor, fx, nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import RewrittenModule
-from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
+from tests.networks import WIDTH, Gpt, Layer, Mlp, exported_gpt, gpt, gpt_of, ids
 
 
 def rewrite(model: nn.Module, *args: Tensor, **config: object) -> RewrittenModule:
@@ -197,3 +198,67 @@ def test_under_autocast_every_source_keeps_the_precision_of_the_stream():
         out = Watch(new).run(ids())
         torch.testing.assert_close(out, model(ids()), rtol=0.02, atol=0.02)
     assert set(seen) == {torch.float32}
+
+
+def test_variants_have_parameters_of_their_own_sizes():
+    config = ar.AttnResConfig(key_rank=5, gate=True)
+    new = ar.rewrite(exported_gpt(), (ids(),), config=config, verify=False)
+    sizes = {name.rpartition(".")[2]: tuple(p.shape) for name, p in new.named_parameters() if "attn_res" in name}
+    assert sizes == {"query": (5,), "key_norm": (5,), "gate": (WIDTH,)}
+    gates = [parameter for name, parameter in new.named_parameters() if name.endswith(".gate")]
+    assert len(gates) == len(new.report.reads)
+    assert not any(gate.any() for gate in gates)
+    assert new.report.num_parameters_added == len(gates) * (5 + 5 + WIDTH)
+
+
+def test_a_gated_read_is_added_to_the_running_sum():
+    config = ar.AttnResConfig(block_size=2, gate=True, schedule="direct")
+    model = gpt_of(lambda s, x: x + s.f(s.n1(x)), depth=3)
+    new = ar.rewrite(model, (ids(),), config=config, verify=False, dynamic_shapes={})
+    reads = [node for node in new.graph.nodes if node.target is block_attn_res]
+    shown = []
+    for read in reads:
+        assert read.kwargs["output"] == "mean"
+        (gated,) = read.users
+        (total,) = gated.users
+        shown.append(f"{total} = {total.args[0]} + {gated.args[1].target} * read{read.args[0]}")
+    assert shown == [
+        "add_tensor_1 = add_tensor + layers.1.attn_res.0.gate * read[embedding, type_as_default]",
+        "add_tensor_4 = add_tensor_3 + layers.2.attn_res.0.gate * read[embedding, add_tensor_2]",
+        "add_tensor_6 = add_tensor_5 + attn_res.0.gate * read[embedding, add_tensor_2, type_as_default_1]",
+    ]
+    totals = [next(iter(next(iter(read.users)).users)).args[0] for read in reads]
+    assert [str(total.args[0]) for total in totals] == ["embedding", *map(str, totals[:-1])]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_at_zero_gates_any_query_gives_the_original_bit_for_bit(dtype):
+    model = gpt().to(dtype)
+    new = ar.rewrite(model, (ids(),), config=ar.AttnResConfig(gate=True, num_heads=2), verify=False, dynamic_shapes={})
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            if name.endswith((".query", ".key_norm")):
+                parameter.normal_()
+    assert torch.equal(new(ids()), model(ids()))
+
+
+def test_only_a_variant_of_the_read_itself_is_another_node():
+    def targets(**config: object) -> set[object]:
+        new = ar.rewrite(exported_gpt(), (ids(),), config=ar.AttnResConfig(**config), verify=False)
+        return {node.target for node in new.graph.nodes} & {block_attn_res, variant_attn_res}
+
+    assert targets(schedule="direct", gate=True) == {block_attn_res}
+    assert targets(schedule="direct", recency_bias=1.0) == {variant_attn_res}
+    assert targets(num_heads=2) == targets(key_rank=3) == {variant_attn_res}
+
+
+def test_through_norms_a_gate_learns_from_zero_queries_and_only_because_it_is_a_vector():
+    """Norms do not see the length of what they read, so the channels of a gate's gradient add up to nothing."""
+    new = ar.rewrite(exported_gpt(), (ids(),), config=ar.AttnResConfig(gate=True), verify=False).double()
+    new(ids()).square().mean().backward()
+    for name, parameter in new.named_parameters():
+        if name.endswith(".query"):
+            assert not parameter.grad.any()
+        if name.endswith(".gate"):
+            assert abs(parameter.grad.sum()) < 1e-3 * parameter.grad.abs().sum()
+            assert parameter.grad.abs().max() > 1e-6

@@ -85,3 +85,16 @@ def test_mean_refuses_a_reader_of_the_scale_and_sum_takes_it():
     assert "state 1 of stream" in str(refusal.value)
     assert 'Use output="sum"' in str(refusal.value)
     assert len(plan_of(found, output="sum").reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_heads": 3}, "num_heads=3 does not divide the 16 channels of stream"),
+        ({"num_heads": 32}, "num_heads=32 does not divide the 16 channels of stream"),
+        ({"key_rank": 17}, "key_rank=17 is more than the 16 channels of stream"),
+    ],
+)
+def test_variants_that_do_not_fit_the_width(five_layers, config, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(five_layers, **config)

@@ -8,11 +8,12 @@ from torch import Tensor, fx
 
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.inter_block.op import inter_block
-from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
+from attnres_rewrite.kernels.merge.op import add_merge_norm, merge, with_recency_bias
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.schedule_reads import direct_rows, two_phase_rows
-from tests.networks import WIDTH, Gpt, Layer, gpt, gpt_of, ids
+from tests.networks import WIDTH, Gpt, Layer, exported_gpt, gpt, gpt_of, ids
 
 
 def rewrite(model: torch.nn.Module, **config: object) -> RewrittenModule:
@@ -129,3 +130,46 @@ def test_a_source_may_be_a_read_of_another_group():
     assert new.report.streams[0].update_kinds == {"residual": 8, "skip": 1}
     assert new.report.verify is not None
     assert new.report.verify.passed
+
+
+def test_heads_and_sliced_keys_stay_direct_and_the_report_says_why():
+    for field in ({"num_heads": 2}, {"key_rank": 3}):
+        new = ar.rewrite(exported_gpt(4), config=ar.AttnResConfig(block_size=4, **field), verify=False)
+        (stream,) = new.report.streams
+        spelled = "=".join(map(str, *field.items()))
+        assert {group.schedule for group in stream.groups} == {"direct"}
+        assert {read.left_out for read in stream.reads} == {f"it is a direct read: {spelled} has no two-phase form"}
+        assert stream.runs_as == f"plain PyTorch (no kernel for {spelled}, and no two-phase form)"
+
+
+def test_with_a_bias_the_read_at_the_end_of_a_block_merges_the_sum_of_that_block():
+    """The bias is on the newest source alone, and phase 1 shares the others."""
+    new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2, schedule="two_phase", recency_bias=2.0)
+    assert [len(group.reads) for group in new.report.streams[0].groups] == [2, 2]
+    assert [group.num_merges for group in new.report.streams[0].groups] == [2, 2]
+    lses = [node.args[1] for node in new.graph.nodes if node.target is merge]
+    lses += [node.args[3] for node in new.graph.nodes if node.target is add_merge_norm]
+    assert [lse.target for lse in lses] == [with_recency_bias] * 4
+    assert {lse.kwargs["recency_bias"] for lse in lses} == {2.0}
+    assert not any(node.target in (block_attn_res, variant_attn_res) for node in new.graph.nodes)
+
+
+def test_merges_with_a_bias_are_fused_as_others_are():
+    config = ar.AttnResConfig(block_size=4, schedule="two_phase", recency_bias=-1.0)
+    new = ar.rewrite(exported_gpt(4), config=config, verify=False)
+    fused = [node for node in new.graph.nodes if node.target is add_merge_norm]
+    assert len(fused) == len(new.report.reads)
+
+
+@pytest.mark.parametrize("variant", [{"recency_bias": 1.5}, {"gate": True}, {"gate": True, "recency_bias": -2.0}])
+def test_two_phases_of_a_variant_compute_what_its_direct_reads_do(variant):
+    def run(chosen: str) -> Tensor:
+        config = ar.AttnResConfig(block_size=3, schedule=chosen, **variant)
+        new = ar.rewrite(exported_gpt(4), config=config, verify=False).double()
+        torch.manual_seed(1)
+        for name, parameter in new.named_parameters():
+            if "attn_res" in name:
+                torch.nn.init.normal_(parameter)
+        return new(ids())
+
+    torch.testing.assert_close(run("two_phase"), run("direct"), rtol=1e-12, atol=1e-12)

@@ -5,7 +5,8 @@ import torch
 
 import attnres_rewrite as ar
 from attnres_rewrite.errors import PartitionError
-from tests.networks import VOCAB, WIDTH, Gpt
+from tests.networks import VOCAB, WIDTH, Gpt, exported_gpt
+from tests.networks import ids as small_ids
 
 ids = torch.arange(16).reshape(2, 8) % VOCAB
 UNIT = 2 * 8 * WIDTH * 4  # bytes of one carried tensor
@@ -61,6 +62,34 @@ def test_another_size_than_the_example_runs_where_shapes_are_dynamic(new):
     plan = ar.partition(new, 2)
     other = torch.zeros((3, 5), dtype=torch.long)
     torch.testing.assert_close(run_stages(plan, other)[0], new(other))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"num_heads": 4}, {"key_rank": 3, "recency_bias": 1.0}, {"gate": True}, {"gate": True, "recency_bias": 2.0}],
+)
+@pytest.mark.parametrize("cuts", ["blocks", ["layers.2"]])
+def test_the_stages_compute_every_variant(variant, cuts):
+    def of(config):
+        new = ar.rewrite(exported_gpt(4), (small_ids(),), config=config, verify=False)
+        with torch.no_grad():
+            for parameter in ar.attnres_parameters(new):
+                parameter.add_(torch.randn_like(parameter))
+        return new, ar.partition(new, 2, cuts=cuts)
+
+    def gradients(outputs):
+        new.zero_grad()
+        outputs.square().mean().backward()
+        return {name: parameter.grad for name, parameter in new.named_parameters()}
+
+    new, plan = of(ar.AttnResConfig(num_blocks=4, **variant))
+    found, wanted = run_stages(plan, small_ids())[0], new(small_ids())
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients(found), gradients(wanted))
+    # a running sum crosses beside the blocks
+    _, plain = of(ar.AttnResConfig(num_blocks=4))
+    units = plan.traffic["exact"].total_units
+    assert units == plain.traffic["exact"].total_units + ("gate" in variant)
 
 
 def test_aligned_blocks_move_what_the_formulas_say(new):

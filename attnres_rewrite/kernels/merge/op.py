@@ -1,6 +1,7 @@
 """The FX nodes of phase 2, what runs behind them, and the custom op around its kernels.
 
 %read = merge(inter_out=%out, lse=%lse, partial=%partial, query=%q, key_norm=%g, eps=1e-6, factor=9.0)
+       with recency_bias=2.0, lse=%biased = with_recency_bias(lse=%lse, recency_bias=2.0)
 %pair = add_merge_norm(partial=%partial, update=%mlp, inter_out=%out, ..., norm="rms"): the new partial, the normed read
 
 One op serves both: a merge adds nothing and has norm "none".
@@ -24,6 +25,12 @@ def merge(
     if runs_triton("merge", [inter_out, partial]):
         return merge_by_kernel(inter_out, lse, partial, query, key_norm, eps, factor)
     return reference.merge(inter_out, lse, partial, query, key_norm, eps, factor)
+
+
+@fx.wrap
+def with_recency_bias(lse: Tensor, recency_bias: float) -> Tensor:
+    """Take the bias of the newest source off the log-sum-exp of the others: for a merge it is on the logit then."""
+    return lse - recency_bias
 
 
 @fx.wrap
