@@ -42,6 +42,7 @@ from attnres_rewrite.version import __version__
 
 if TYPE_CHECKING:
     from attnres_rewrite.pipeline.build import Pipeline, build_pipeline
+    from attnres_rewrite.pipeline.picture import draw_pipeline
 
 __all__ = [
     "__version__",
@@ -77,6 +78,7 @@ __all__ = [
     "build_pipeline",
     "depth_weights",
     "detach",
+    "draw_pipeline",
     "diagnose",
     "html_report",
     "inspect",
@@ -100,4 +102,8 @@ def __getattr__(name: str) -> Any:
         from attnres_rewrite.pipeline import build
 
         return getattr(build, name)
+    if name == "draw_pipeline":
+        from attnres_rewrite.pipeline.picture import draw_pipeline
+
+        return draw_pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

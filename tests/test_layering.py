@@ -65,7 +65,7 @@ ONLY_IN = {
     "transformers": {"artifact", "cli"},
     "jinja2": {"page"},
     "networkx": {"passes", "pipeline"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "pipeline"},
 }
 
 

@@ -3,6 +3,7 @@
 inspect   MODEL -> streams, blocks, reads, and the adds left alone; changes nothing
 rewrite   MODEL -> the same, the proofs, and a saved folder
 verify    MODEL -> the proofs' figures
+partition MODEL -> the stages of a pipeline and their traffic
 diagnose  MODEL, data -> weights, magnitudes and gradients, as tables, JSON and plots
 report    MODEL -> one HTML page about its rewrite
 
@@ -10,7 +11,6 @@ Facts go to stdout; progress, notes and refusals to stderr. Exit status: 0 done,
 2 wrong arguments. Every failure ends in `run`, so the commands are straight lines.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -250,79 +250,6 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(
-    epilog=_epilog(
-        "partition examples/gpt.py --ranks 2 --virtual 2",
-        "partition hf_folder --ranks 4 --cuts model.layers.3,model.layers.6,model.layers.9",
-        "partition examples/kimi_linear_48b --meta --block-size 6 --ranks 8 --virtual 2 --json -o plan.json",
-    )
-)
-def partition(
-    model: Model,
-    ranks: Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)],
-    virtual: Annotated[int, typer.Option(metavar="V", help="Stages of each process.")] = 1,
-    cuts: Annotated[
-        str,
-        typer.Option(
-            metavar="balanced|blocks|NAME,NAME..",
-            help="balanced: the slowest stage as fast as can be. blocks: the same, at ends of blocks only. Or the "
-            "modules that begin the second stage and those after it.",
-        ),
-    ] = "balanced",
-    pipeline_schedule: Annotated[
-        str | None,
-        typer.Option("--schedule", metavar="NAME", help="Of torch. Default Interleaved1F1B, or 1F1B with one stage."),
-    ] = None,
-    mode: Annotated[str, typer.Option(metavar="exact|paper|naive", help="What ranks keep of what they saw.")] = "exact",
-    blocks: Blocks = None,
-    block_size: BlockSize = None,
-    block_layers: BlockLayers = None,
-    output: Output = "sum",
-    no_key_norm: NoKeyNorm = False,
-    heads: Heads = 1,
-    key_rank: KeyRank = None,
-    gate: Gate = False,
-    recency_bias: RecencyBias = 0.0,
-    meta: Meta = False,
-    batch: Batch = None,
-    seq: Seq = None,
-    as_json: AsJson = False,
-    target: Annotated[
-        Path | None, typer.Option("-o", metavar="PATH", help="File to write the plan to, as JSON.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")] = False,
-) -> None:
-    """Plan a pipeline: where MODEL is cut, what each stage holds and sends, and the traffic of block caching.
-
-    Sizes are those of one microbatch, --batch and --seq for a Hugging Face model. Nothing runs, and nothing is proven.
-
-    Exit status: 0 planned, 1 refused with a reason, 2 wrong arguments.
-    """
-    variant = heads, key_rank, gate, recency_bias
-    config = _config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
-    placement = ar.placement_for(pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B"), virtual)
-    if target is not None:
-        _check_target(target, force)
-    found = _load(model, config, meta, batch, seq)
-    with render.working("capture") as stage:
-        if load.is_artifact(model):
-            new = found.model
-        else:
-            new = ar.rewrite(
-                found.model, found.args, found.kwargs, config, dynamic_shapes={}, verify=False, progress=stage
-            )
-        stage("cut and plan")
-        names = cuts if cuts in ("balanced", "blocks") else tuple(cuts.split(","))
-        plan = ar.partition(new, ranks, virtual, cuts=names, placement=placement, mode=mode)  # pyright: ignore[reportArgumentType]
-    facts = {"model": new.report.model} | plan.to_dict()
-    if target is not None:
-        target.write_text(json.dumps(facts, indent=2) + "\n")
-    if as_json:
-        render.facts(facts)
-    else:
-        render.pipeline(new.report.model, plan)
-
-
 def _config(
     blocks: str | None,
     block_size: int | None,
@@ -439,4 +366,4 @@ def main() -> NoReturn:
 
 
 # commands with a file of their own: they take the options above
-from attnres_rewrite.cli import diagnose, report  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]
+from attnres_rewrite.cli import diagnose, partition, report  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]

@@ -17,7 +17,7 @@ from attnres_rewrite.fxgraph import module_path, op_name, shape_of
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.insert_reads import insert_reads
-from attnres_rewrite.passes.key_draws import key_draws
+from attnres_rewrite.passes.key_draws import KEY, key_draws
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.passes.partition import partition as cut_graph
 from attnres_rewrite.passes.schedule_reads import schedule_reads
@@ -280,7 +280,7 @@ def _facts(stage: StageGraph, route: StageRoutes, device: Device) -> StageFacts:
         num_parameters=sum(parameter.numel() for parameter in stage.module.parameters()),
         flops=sum(flops_of(node) for node in nodes),
         seconds=sum(seconds_of(node, device) for node in nodes),
-        inputs=stage.inputs,
+        inputs=tuple(name for name in stage.inputs if name != KEY),
         receives=route.received,
         reads_from_store=route.cached,
         sends=route.sent,

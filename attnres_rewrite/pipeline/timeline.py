@@ -85,9 +85,7 @@ def _shared(kind: str) -> str:
     return "B" if kind == "I" else kind
 
 
-def _earliest(
-    run: tuple[str, int, int], ends: dict[tuple[str, int, int], float], num_stages: int
-) -> float | None:
+def _earliest(run: tuple[str, int, int], ends: dict[tuple[str, int, int], float], num_stages: int) -> float | None:
     """Return when all that a computation needs is there; None while something it needs has not run."""
     kind, stage, microbatch = run
     needs = {

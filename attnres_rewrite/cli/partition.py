@@ -1,0 +1,117 @@
+"""attnres-rewrite partition: a model -> the stages of a pipeline and their traffic: a table, JSON, a picture."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import attnres_rewrite as ar
+from attnres_rewrite.cli import app as shared
+from attnres_rewrite.cli import load, render
+
+Ranks = Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)]
+Virtual = Annotated[int, typer.Option(metavar="V", help="Stages of each process.")]
+Cuts = Annotated[
+    str,
+    typer.Option(
+        metavar="balanced|blocks|NAME,NAME..",
+        help="balanced: the slowest stage as fast as can be. blocks: the same, at ends of blocks only. Or the modules "
+        "or reads that begin the second stage and those after it.",
+    ),
+]
+PipelineSchedule = Annotated[
+    str | None,
+    typer.Option("--schedule", metavar="NAME", help="Of torch. Default Interleaved1F1B, or 1F1B with one stage."),
+]
+Mode = Annotated[str, typer.Option(metavar="exact|paper|naive", help="What ranks keep of what they saw.")]
+Target = Annotated[Path | None, typer.Option("-o", metavar="PATH", help="File to write the plan to, as JSON.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Picture of the schedule and of what travels where, .svg, .png or .pdf."),
+]
+Microbatches = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Microbatches in the picture. Default twice the stages.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
+PICTURES = (".svg", ".png", ".pdf")
+
+
+@shared.app.command(
+    epilog=shared._epilog(
+        "partition examples/gpt.py --ranks 2 --virtual 2 --plot gpt.svg",
+        "partition hf_folder --ranks 4 --cuts model.layers.3,model.layers.6,model.layers.9",
+        "partition examples/kimi_linear_48b --meta --block-size 6 --ranks 8 --virtual 2 --json -o plan.json",
+    )
+)
+def partition(
+    model: shared.Model,
+    ranks: Ranks,
+    virtual: Virtual = 1,
+    cuts: Cuts = "balanced",
+    pipeline_schedule: PipelineSchedule = None,
+    mode: Mode = "exact",
+    blocks: shared.Blocks = None,
+    block_size: shared.BlockSize = None,
+    block_layers: shared.BlockLayers = None,
+    output: shared.Output = "sum",
+    no_key_norm: shared.NoKeyNorm = False,
+    heads: shared.Heads = 1,
+    key_rank: shared.KeyRank = None,
+    gate: shared.Gate = False,
+    recency_bias: shared.RecencyBias = 0.0,
+    meta: shared.Meta = False,
+    batch: shared.Batch = None,
+    seq: shared.Seq = None,
+    as_json: shared.AsJson = False,
+    target: Target = None,
+    plot: Plot = None,
+    microbatches: Microbatches = None,
+    force: Force = False,
+) -> None:
+    """Plan a pipeline: where MODEL is cut, what each stage holds and sends, and the traffic of block caching.
+
+    Sizes are those of one microbatch, --batch and --seq for a Hugging Face model. Nothing runs, and nothing is proven.
+
+    Exit status: 0 planned, 1 refused with a reason, 2 wrong arguments.
+    """
+    variant = heads, key_rank, gate, recency_bias
+    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
+    schedule = pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
+    placement = ar.placement_for(schedule, virtual)
+    if target is not None:
+        shared._check_target(target, force)
+    if plot is not None:
+        _check_plot(plot, force)
+    found = shared._load(model, config, meta, batch, seq)
+    with render.working("capture") as stage:
+        if load.is_artifact(model):
+            new = found.model
+        else:
+            new = ar.rewrite(
+                found.model, found.args, found.kwargs, config, dynamic_shapes={}, verify=False, progress=stage
+            )
+        stage("cut and plan")
+        names = cuts if cuts in ("balanced", "blocks") else tuple(cuts.split(","))
+        plan = ar.partition(new, ranks, virtual, cuts=names, placement=placement, mode=mode)  # pyright: ignore[reportArgumentType]
+    facts = {"model": new.report.model} | plan.to_dict()
+    # drawn before anything is written: the number of microbatches may not fit
+    figure = None if plot is None else ar.draw_pipeline(plan, schedule, microbatches)
+    if target is not None:
+        target.write_text(json.dumps(facts, indent=2) + "\n")
+    if plot is not None and figure is not None:
+        figure.savefig(plot, dpi=200)
+    if as_json:
+        render.facts(facts)
+    else:
+        render.pipeline(new.report.model, plan)
+
+
+def _check_plot(path: Path, force: bool) -> None:
+    """Refuse before the work a picture that cannot be drawn or written."""
+    from attnres_rewrite.plots import require_matplotlib
+
+    if path.suffix not in PICTURES:
+        raise ValueError(f"--plot {path} must end in {', '.join(PICTURES)}")
+    shared._check_target(path, force)
+    require_matplotlib()
