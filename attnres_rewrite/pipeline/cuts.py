@@ -35,6 +35,23 @@ def candidates(graph: fx.Graph, device: Device) -> tuple[tuple[Candidate, ...], 
     return tuple(found), seconds
 
 
+def source_labels(places: Sequence[Candidate]) -> dict[str, str]:
+    """Return what each source of a read is, by the name of its node; streams are numbered where there are several."""
+    roots: list[fx.Node] = []
+    labels: dict[str, str] = {}
+    for place in places:
+        sources: Sequence[fx.Node] = place.node.args[0]  # type: ignore[assignment]
+        if sources[0] not in roots:
+            roots.append(sources[0])
+        stream = f"{roots.index(sources[0]) + 1}:"
+        for number, source in enumerate(sources):
+            is_open = number >= place.node.meta["num_finished"]
+            name = f"block {number}" if number else "embedding"
+            labels.setdefault(source.name, f"{stream}partial sum of {name}" if is_open else f"{stream}{name}")
+    several = len(roots) > 1
+    return {node: f"stream {label}".replace(":", ", ") if several else label[2:] for node, label in labels.items()}
+
+
 def balanced_cuts(
     places: Sequence[Candidate], last: float, num_stages: int, *, at_block_ends: bool = False
 ) -> list[Candidate]:

@@ -73,17 +73,16 @@ def _draw_timeline(axes: "Axes", plan: PipelinePlan, schedule: str, n_microbatch
     kinds = [kind for kind in COLOURS if any(run.kind == kind for run in runs)]
     axes.legend(
         handles=[Patch(facecolor=COLOURS[kind], edgecolor="black", label=NAMES[kind]) for kind in kinds],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.28),
-        ncols=len(kinds),
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
         frameon=False,
     )
     axes.set_yticks(range(plan.num_ranks), [f"rank {rank}" for rank in range(plan.num_ranks)])
     axes.invert_yaxis()
     axes.set_xlabel("ms, estimated")
     axes.set_title(
-        f"{schedule}, {n_microbatches} microbatches: ranks wait {bubble(runs, plan.num_ranks):.0%} of the time "
-        f"(numbers: microbatches; later stages of a rank are lighter)"
+        f"{schedule}, {n_microbatches} microbatches: ranks wait {bubble(runs, plan.num_ranks):.0%} of the time; "
+        "later stages are lighter"
     )
 
 
@@ -98,7 +97,7 @@ def _draw_values(axes: "Axes", plan: PipelinePlan) -> None:
     count = len(plan.stages)
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_xticks(range(count), [f"{routes.stage}\nrank {routes.rank}" for routes in plan.routes])
-    axes.set_yticks(range(len(plan.values)), [value.name for value in plan.values])
+    axes.set_yticks(range(len(plan.values)), [value.label or value.name for value in plan.values])
     axes.invert_yaxis()
     axes.set_xlabel("stage")
     traffic = plan.traffic[plan.mode]
@@ -108,9 +107,8 @@ def _draw_values(axes: "Axes", plan: PipelinePlan) -> None:
     )
     axes.legend(
         handles=[Patch(facecolor=colour, label=state) for state, colour in STATES.items()],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.3 if len(plan.values) < 12 else -0.16),
-        ncols=len(STATES),
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
         frameon=False,
     )
 

@@ -22,7 +22,7 @@ from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.passes.partition import partition as cut_graph
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 from attnres_rewrite.pipeline.costs import Device, flops_of, seconds_of
-from attnres_rewrite.pipeline.cuts import Candidate, balanced_cuts, candidates, named_cuts
+from attnres_rewrite.pipeline.cuts import Candidate, balanced_cuts, candidates, named_cuts, source_labels
 from attnres_rewrite.pipeline.planner import (
     MODES,
     Mode,
@@ -194,8 +194,10 @@ def partition(
     places, last = candidates(graph, device)
     chosen = _chosen_cuts(cuts, places, last, graph, len(ranks))
     parts = cut_graph(graph, new, [place.node for place in chosen])
+    labels = source_labels(places)
     values = [
-        Value(value.name, value.made, value.readers, value.num_bytes, value.has_gradient) for value in parts.values
+        Value(each.name, each.made, each.readers, each.num_bytes, each.has_gradient, labels.get(each.name, ""))
+        for each in parts.values
     ]
     routes = plan_routes(values, ranks, mode)
     facts = tuple(_facts(stage, route, device) for stage, route in zip(parts.stages, routes, strict=True))

@@ -31,6 +31,7 @@ class Value:
         readers: Later stages that read it.
         num_bytes: Of one microbatch.
         has_gradient: Something trainable feeds it.
+        label: What it is to the reads: "embedding", "block 2", "partial sum of block 3"; "" when they do not mix it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Value:
     readers: frozenset[int]
     num_bytes: int
     has_gradient: bool = True
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,3 +73,16 @@ def test_a_file_that_is_there_stays(cli, tmp_path):
     assert target.read_text() == "mine"
     assert cli("partition", GPT, "--ranks", 2, "-o", target, "--force").code == 0
     assert json.loads(target.read_text())["num_ranks"] == 2
+
+
+def test_a_picture(cli, tmp_path):
+    path = tmp_path / "plan.svg"
+    found = cli("partition", GPT, "--ranks", 2, "--plot", path)
+    assert found.code == 0
+    assert "partial sum of block" in path.read_text()
+
+
+def test_a_picture_of_no_known_kind(cli, tmp_path):
+    found = cli("partition", GPT, "--ranks", 2, "--plot", tmp_path / "plan.bmp")
+    assert found.code == 2
+    assert "must end in .svg, .png, .pdf" in found.err
