@@ -1,6 +1,8 @@
 """The evidence example on its smallest preset: text, equal starts, batches and resumption, results and the page."""
 
+import copy
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "evidence"))
 
 import loop  # noqa: E402
+import retrofit  # noqa: E402
+import summarize  # noqa: E402
+import tables  # noqa: E402
 import throughput  # noqa: E402
 import train  # noqa: E402
 from settings import PRESETS, VARIANTS, config_of  # noqa: E402
@@ -20,6 +25,8 @@ from text import Corpus, is_validation, load_corpus  # noqa: E402
 import attnres_rewrite as ar  # noqa: E402
 
 TINY = PRESETS["tiny"]
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results" / "evidence_cpu.json"
 
 
 def numbers(length):
@@ -31,10 +38,16 @@ def numbers(length):
 CORPUS = Corpus(numbers(2000), numbers(400), python="3.x", sha256="0" * 64, files=(1, 1))
 
 
-def run(variant, folder, preset=TINY, stop_at=None, corpus=CORPUS):
-    model = train.build(variant, 0, preset)
+@pytest.fixture(scope="module")
+def models():
+    """The three variants of one seed, untrained. Tests copy what they change."""
+    return {variant: train.build(variant, 3, TINY) for variant in VARIANTS}
+
+
+def run(model, folder, preset=TINY, stop_at=None):
+    model = copy.deepcopy(model)
     plan = loop.Plan(preset.steps, preset.warmup, preset.lr, batch_seed=7)
-    record = loop.train(model, corpus, preset, plan, folder, stop_at=stop_at)
+    record = loop.train(model, CORPUS, preset, plan, folder, stop_at=stop_at)
     return model, record
 
 
@@ -66,8 +79,7 @@ def test_a_python_without_sources_is_refused(tmp_path):
         load_corpus(tmp_path)
 
 
-def test_variants_start_alike_and_differ_only_by_their_reads():
-    models = {variant: train.build(variant, 3, TINY) for variant in VARIANTS}
+def test_variants_start_alike_and_differ_only_by_their_reads(models):
     weights = models["original"].state_dict()
     for variant in ("block", "full"):
         states = models[variant].state_dict()
@@ -79,8 +91,8 @@ def test_variants_start_alike_and_differ_only_by_their_reads():
     assert len(streams["full"].blocks) == streams["full"].num_updates == 2 * TINY.layers
 
 
-def test_optimizer_decays_matrices_only():
-    model = train.build("block", 0, TINY)
+def test_optimizer_decays_matrices_only(models):
+    model = models["block"]
     decayed, vectors, reads = loop.optimizer_for(model, 1e-3, TINY).param_groups
     assert (decayed["weight_decay"], vectors["weight_decay"], reads["weight_decay"]) == (TINY.weight_decay, 0, 0)
     assert {id(p) for p in reads["params"]} == {id(p) for p in ar.attnres_parameters(model)}
@@ -100,16 +112,16 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
 
 
 @pytest.mark.parametrize("variant", ["original", "block"])
-def test_resumed_run_equals_an_uninterrupted_one(variant, tmp_path):
-    whole_model, whole = run(variant, tmp_path / "whole")
+def test_resumed_run_equals_an_uninterrupted_one(variant, models, tmp_path):
+    whole_model, whole = run(models[variant], tmp_path / "whole")
     assert len(whole.train_loss) == TINY.steps
     assert whole.train_loss[-1] < whole.train_loss[0]
 
-    _, half = run(variant, tmp_path / "parts", stop_at=8)
+    _, half = run(models[variant], tmp_path / "parts", stop_at=8)
     assert len(half.train_loss) == 8
     # a fresh process has other numbers in its generator
     torch.manual_seed(99)
-    model, record = run(variant, tmp_path / "parts")
+    model, record = run(models[variant], tmp_path / "parts")
     assert record.train_loss == whole.train_loss
     assert record.validation == whole.validation
     assert record.final_validation == whole.final_validation
@@ -117,8 +129,8 @@ def test_resumed_run_equals_an_uninterrupted_one(variant, tmp_path):
     assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
 
 
-def test_validation_loss_is_the_mean_over_the_same_windows(tmp_path):
-    model = train.build("original", 0, TINY)
+def test_validation_loss_is_the_mean_over_the_same_windows(models):
+    model = models["original"]
     text = CORPUS.validation
     starts = [round(i * (len(text) - TINY.context - 1) / 4 - 0.499) for i in range(5)]
     losses = []
@@ -130,9 +142,9 @@ def test_validation_loss_is_the_mean_over_the_same_windows(tmp_path):
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_loss_that_is_not_finite_ends_the_run_and_keeps_it(tmp_path, capsys):
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_it(models, tmp_path, capsys):
     preset = replace(TINY, lr=1e30, clip=1e30)
-    _, record = run("original", tmp_path, preset)
+    _, record = run(models["original"], tmp_path, preset)
     assert record.ended
     assert "at step" in record.ended
     assert 1 <= len(record.train_loss) < preset.steps
@@ -141,20 +153,117 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_it(tmp_path, capsys):
     assert facts["train_loss"][-1] is None
     assert json.loads(json.dumps(facts, allow_nan=False))["train_loss"][0] > 0
 
-    again = run("original", tmp_path, preset)[1]
+    again = run(models["original"], tmp_path, preset)[1]
     assert again.ended == record.ended
     train.report(train.Console(), "original", record)
     assert "the run is kept" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_throughput_times_all_variants_in_turns():
-    rows = throughput.measure(TINY, CORPUS, rounds=2)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The commands of the page on the tiny preset, one seed: their folder and the collected facts."""
+    out = tmp_path_factory.mktemp("evidence")
+    where = ["--preset", "tiny", "--seeds", "0", "--out", str(out)]
+    train.main(where)
+    retrofit.main([*where, "--variants", "original", "block"])
+    train.main(["--preset", "tiny", "--seeds", "9", "--variants", "original", "--steps", "4", "--out", f"{out}/lr/x"])
+    summarize.main(["--preset", "tiny", "--out", str(out), "--json", str(out / "all.json")])
+    return out, json.loads((out / "all.json").read_text())
+
+
+def test_commands_of_the_page_run_end_to_end(trained):
+    out, facts = trained
+    runs = {run["variant"]: run for run in facts["training"]["runs"]}
+    assert list(runs) == list(VARIANTS)
+    for variant, one in runs.items():
+        assert one == {name: json.loads((out / f"tiny/{variant}-0/result.json").read_text())[name] for name in one}
+        assert len(one["train_loss"]) == TINY.steps
+        assert [step for step, _ in one["validation"]] == [4, 8, 12]
+        assert one["ended"] is None
+    # zero queries: before the first step all variants are one function
+    first = [one["train_loss"][0] for one in runs.values()]
+    assert max(first) - min(first) < 1e-5
+    assert facts["corpus"]["sha256"] == load_corpus().sha256
+    assert [search["steps"] for search in facts["lr_search"]] == [4]
+    assert facts["throughput"] is None
+    assert tables.throughput(facts) == "Not run."
+
+
+def test_throughput_times_all_variants_in_turns(models):
+    rows = throughput.measure(copy.deepcopy(models), TINY, CORPUS, rounds=2)
     assert list(rows) == list(VARIANTS)
     assert rows["original"]["ratio"] == 1
-    assert all(row["ms"] > 0 for row in rows.values())
+    assert all(row["bytes_per_second"] == pytest.approx(1e3 * 4 * 16 / row["ms"], rel=1e-2) for row in rows.values())
+    assert tables.throughput({"throughput": {"variants": rows}}).count("\n") == 1 + len(VARIANTS)
 
 
-def test_presets_are_as_deep_as_the_page_says():
+def test_retrofit_starts_where_the_trained_model_was(trained):
+    _, facts = trained
+    pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")
+    runs = {run["variant"]: run for run in facts["retrofit"]["runs"]}
+    assert list(runs) == ["original", "block"]
+    for one in runs.values():
+        assert one["before_rewrite"] == pytest.approx(pretrained["final_validation"], abs=1e-6)
+        assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
+        assert len(one["train_loss"]) == TINY.retrofit_steps
+    assert runs["original"]["train_loss"][0] == pytest.approx(runs["block"]["train_loss"][0], abs=1e-5)
+
+
+def test_runs_that_do_not_compare_are_refused(trained, tmp_path):
+    out, _ = trained
+    for variant in ("original", "block"):
+        facts = json.loads((out / f"tiny/{variant}-0/result.json").read_text())
+        facts["torch"] = variant
+        train.write_json(tmp_path / f"{variant}-0" / "result.json", facts)
+    with pytest.raises(ValueError, match="2 values of torch"):
+        summarize.collect(tmp_path, tmp_path / "lr")
+    with pytest.raises(FileNotFoundError, match=r"train\.py makes them"):
+        summarize.collect(tmp_path / "none", tmp_path / "lr")
+
+
+def test_comparison_is_paired_by_seed_and_leaves_out_what_did_not_end():
+    made = {("original", 0): 2.0, ("original", 1): 3.0, ("block", 0): 1.5, ("block", 1): 2.9, ("full", 0): None}
+    runs = [
+        {"variant": variant, "seed": seed, "final_validation": loss, "ended": None if loss else "the loss is nan"}
+        for (variant, seed), loss in made.items()
+    ]
+    found = summarize.compare(runs)
+    assert found["final_validation"]["original"] == {"by_seed": {"0": 2.0, "1": 3.0}, "mean": 2.5, "sd": 0.707107}
+    assert found["difference_to_original"]["block"]["mean"] == -0.3
+    assert found["difference_to_original"]["block"]["by_seed"] == {"0": -0.5, "1": -0.1}
+    assert "full" not in found["final_validation"]
+    assert found["left_out"] == ["full, seed 0: the loss is nan"]
+    assert "Left out: full, seed 0: the loss is nan." in tables.losses({"training": found})
+
+
+def test_tables_of_the_page_equal_the_results():
+    page, facts = PAGE.read_text(), json.loads(RESULTS.read_text())
+    assert summarize.with_tables(page, facts) == page
+    assert {found[1] for found in re.finditer(r"<!-- table: (\w+) -->", page)} == set(tables.TABLES)
+    # a figure outside of the tables could not be made again
+    prose = re.sub(r"<!-- table.*?<!-- end -->", "", page, flags=re.DOTALL).replace("arXiv 2603.15031", "")
+    assert re.findall(r"\d\.\d", prose) == []
+    # and a changed result changes the page
+    facts["training"]["final_validation"]["block"]["mean"] += 0.01
+    assert summarize.with_tables(page, facts) != page
+
+
+def test_results_are_those_of_the_preset():
+    facts = json.loads(RESULTS.read_text())
+    assert facts["preset"] == PRESETS["cpu"].facts()
+    for name in ("training", "retrofit"):
+        again = summarize.compare(facts[name]["runs"])
+        assert again == facts[name]
+
+
+def test_page_with_a_wrong_mark_is_refused():
+    with pytest.raises(ValueError, match="asks for a table 'lossy'"):
+        summarize.with_tables("<!-- table: lossy -->\n<!-- end -->", {})
+    with pytest.raises(ValueError, match="1 starts of a table and 0 ends"):
+        summarize.with_tables("<!-- table: losses -->", {})
+
+
+def test_presets_are_deep():
     assert PRESETS["cpu"].layers >= 12
     assert PRESETS["gpu"].layers >= 16
     assert config_of("original", TINY) is None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCAB = 256
+VOCAB, INIT_STD = 256, 0.02
 
 
 class Attention(nn.Module):
@@ -22,19 +22,30 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class Mlp(nn.Module):
+    """A GELU layer four times as wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
 class Layer(nn.Module):
-    """Two updates of the stream: attention, then a GELU MLP four times as wide."""
+    """Two updates of the stream: attention, then the MLP."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, heads)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x), cos, sin)
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return x + self.mlp(self.norm_2(x))
 
 
 class Gpt(nn.Module):
@@ -52,7 +63,7 @@ class Gpt(nn.Module):
         self.apply(_initialise)
         # GPT-2's initialisation: the last matrix of an update is smaller, the deeper the network
         for layer in self.layers:
-            for last in (layer.attention.out, layer.down):
+            for last in (layer.attention.out, layer.mlp.down):
                 nn.init.normal_(last.weight, std=INIT_STD / (2 * layers) ** 0.5)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -61,9 +72,6 @@ class Gpt(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.head(self.norm(x))
-
-
-INIT_STD = 0.02
 
 
 def _initialise(module: nn.Module) -> None:

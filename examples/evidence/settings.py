@@ -63,13 +63,13 @@ _CPU = replace(
     heads=4,
     context=128,
     batch=8,
-    steps=500,
-    warmup=50,
+    steps=400,
+    warmup=40,
     blocks=8,
     validate_every=50,
     validation_windows=64,
     final_windows=512,
-    retrofit_steps=300,
+    retrofit_steps=200,
 )
 # sized by estimate for eight minutes a variant on an H200; it has not been run
 _GPU = replace(

@@ -9,7 +9,7 @@ ratios round by round. Times of separate runs (`seconds` in their results) do no
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from loop import draw, optimizer_for, training_step
 from settings import PRESETS, VARIANTS, Preset
 from text import Corpus, load_corpus
+from torch import nn
 from train import build, circumstances, write_json
 
 WARM_UP_ROUNDS = 2
@@ -29,17 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/evidence"))
     options = parser.parse_args(arguments)
     preset, corpus = PRESETS[options.preset], load_corpus()
-    rows = measure(preset, corpus, options.rounds)
+    rows = measure({variant: build(variant, 0, preset) for variant in VARIANTS}, preset, corpus, options.rounds)
     for name, row in rows.items():
         print(f"{name:9} {row['ms']:8.1f} ms a step, {row['bytes_per_second']:8.0f} bytes/s, x{row['ratio']:.3f}")
     facts = {"preset": preset.facts(), "rounds": options.rounds, "variants": rows, **circumstances(corpus)}
     write_json(options.out / options.preset / "throughput.json", facts)
 
 
-def measure(preset: Preset, corpus: Corpus, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(models: Mapping[str, nn.Module], preset: Preset, corpus: Corpus, rounds: int) -> dict[str, dict[str, Any]]:
     """Return, for each variant, the median of a step in ms, bytes a second, and the ratio to the original."""
-    steps = {variant: _step_of(variant, preset, corpus) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    steps = {variant: _step_of(model, preset, corpus) for variant, model in models.items()}
+    seconds: dict[str, list[float]] = {variant: [] for variant in models}
     for turn in range(WARM_UP_ROUNDS + rounds):
         for variant, step in steps.items():
             start = time.perf_counter()
@@ -58,8 +59,7 @@ def measure(preset: Preset, corpus: Corpus, rounds: int) -> dict[str, dict[str, 
     return rows
 
 
-def _step_of(variant: str, preset: Preset, corpus: Corpus) -> Callable[[], float]:
-    model = build(variant, 0, preset)
+def _step_of(model: nn.Module, preset: Preset, corpus: Corpus) -> Callable[[], float]:
     run = torch.compile(model) if preset.compile else model
     optimizer, batches = optimizer_for(model, preset.lr, preset), torch.Generator().manual_seed(0)
     # the loss is fetched in each step, which waits for a GPU

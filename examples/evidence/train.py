@@ -5,7 +5,7 @@
 All variants of a seed start from the same weights and see the same batches in the same order, so their losses are
 compared in pairs. The rewritten ones come from `ar.rewrite(model, ...)`, proofs included. Each run keeps a checkpoint
 in its folder and goes on from it; `RUN/result.json` has its losses and what they were made with. `summarize.py` reads
-these. --lr and --variants are for the search of the learning rate, which was made for the original alone.
+these. --lr, --steps and --variants are for the search of the learning rate, which was made for the original alone.
 """
 
 import argparse
@@ -35,8 +35,8 @@ BATCH_SEED = 1000
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     preset = PRESETS[options.preset]
-    if options.lr is not None:
-        preset = replace(preset, lr=options.lr)
+    given = {name: value for name in ("lr", "steps") if (value := getattr(options, name)) is not None}
+    preset = replace(preset, **given)
     console, corpus = Console(), load_corpus()
     console.print(f"{corpus.facts()}")
     for seed in options.seeds:
@@ -53,6 +53,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--out", type=Path, default=Path("out/evidence"))
     parser.add_argument("--lr", type=float, help="instead of the preset's")
+    parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--stop-at", type=int, help="leave each run after this step; the same command goes on")
     return parser.parse_args(arguments)
 
