@@ -5,8 +5,8 @@
     python examples/evidence/summarize.py --tables --json benchmarks/results/evidence_cpu.json --page docs/evidence.md
 
 The first collects what `train.py`, `retrofit.py`, `throughput.py` and `look.py` left under --out; the second only
-writes the tables again. A page has its tables between lines `<!-- table: NAME -->` and `<!-- end -->`; the rest is left alone.
-A run that did not end, or whose loss was not finite, is listed and counts in no mean.
+writes the tables again. A page has its tables between lines `<!-- table: NAME -->` and `<!-- end -->`; the rest is left
+alone. A run that did not end, or whose loss was not finite, is listed and counts in no mean.
 """
 
 import argparse
