@@ -7,16 +7,21 @@ from attnres_rewrite.artifact import load, save
 from attnres_rewrite.attachment import attach, detach, original
 from attnres_rewrite.backend import reset_stats, stats
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.diagnose import depth_weights, diagnose
+from attnres_rewrite.diagnosis import Diagnosis
 from attnres_rewrite.errors import (
     AlreadyRewrittenError,
     ArtifactError,
     CaptureError,
+    CheckpointError,
     GraphBreakError,
+    MissingPackageError,
     ModelSpecError,
     ModeMismatchError,
     NoStreamError,
     NotAttachedError,
     NotCompiledError,
+    NotRewrittenError,
     ParallelStreamsError,
     PartitionError,
     PostNormError,
@@ -41,12 +46,16 @@ __all__ = [
     "ArtifactError",
     "AttnResConfig",
     "CaptureError",
+    "CheckpointError",
+    "Diagnosis",
     "GraphBreakError",
+    "MissingPackageError",
     "ModeMismatchError",
     "ModelSpecError",
     "NoStreamError",
     "NotAttachedError",
     "NotCompiledError",
+    "NotRewrittenError",
     "PartitionError",
     "Pipeline",
     "PipelinePlan",
@@ -62,7 +71,9 @@ __all__ = [
     "attach",
     "attnres_parameters",
     "build_pipeline",
+    "depth_weights",
     "detach",
+    "diagnose",
     "inspect",
     "load",
     "load_attnres_parameters",

@@ -14,6 +14,9 @@ RewriteError                  a refusal: the model was understood, and the rewri
   StreamMismatchError         a compiled call has another stream than attach() found
   ProofError                  a proof failed: the rewritten graph is not the function it must be
   PartitionError              a rewritten model cannot be cut into these pipeline stages
+  NotRewrittenError           diagnose() was given something that rewrite() did not return
+  CheckpointError             the values given are those of another model
+  MissingPackageError         an optional package is not installed
   ModelSpecError              a MODEL argument of the command line gives no model
   ArtifactError               a saved folder is damaged, foreign, or would be overwritten
 
@@ -77,6 +80,18 @@ class ProofError(RewriteError):
 
 class PartitionError(RewriteError):
     """A rewritten model cannot be cut into the pipeline stages that were asked for."""
+
+
+class NotRewrittenError(RewriteError):
+    """What was given has no reads to look at: it is no result of rewrite() or load()."""
+
+
+class CheckpointError(RewriteError):
+    """A state dict has other names or shapes than the model that is to take it."""
+
+
+class MissingPackageError(RewriteError):
+    """What was asked for needs a package of an extra that is not installed."""
 
 
 class ModelSpecError(RewriteError):

@@ -24,8 +24,23 @@ LEVELS = (
         "witness",
         "training_ir",
         "example_inputs",
+        "sublayers",
+        "diagnosis",
     },
-    {"pipeline", "artifact", "graph_json", "program_json", "read_parameters", "api"},
+    {
+        "pipeline",
+        "artifact",
+        "graph_json",
+        "program_json",
+        "read_parameters",
+        "api",
+        "batches",
+        "baseline",
+        "taps",
+        "running_figures",
+        "diagnose",
+        "plots",
+    },
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
 )
@@ -39,7 +54,7 @@ EXCEPTIONS = {
     "verify": PROOFS,
     "lifted": PROOFS,
     "witness": PROOFS,
-    "cli": {"cli", "__init__", "errors", "report", "example_inputs"},
+    "cli": {"cli", "__init__", "errors", "report", "example_inputs", "diagnosis", "plots"},
 }
 ONLY_IN = {
     "triton": {"kernels"},

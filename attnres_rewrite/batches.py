@@ -1,0 +1,111 @@
+"""A batch as it comes from a data loader -> the inputs of a captured program, and a loss of its outputs.
+
+A batch is a tensor, a tuple or list of positional inputs, or a mapping of inputs by name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from attnres_rewrite.inputs import flat_inputs
+
+Loss = Callable[[Any, Any], Tensor]
+
+LABELS = "labels"
+IGNORED = -100  # a label that counts for nothing, as in torch and transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One batch as a call. Labels are kept out of it when the captured program takes none."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+
+    def leaves(self, graph: fx.Graph) -> list[Any]:
+        """Return the flat inputs of the captured program.
+
+        Raises:
+            TypeError: It takes others.
+        """
+        return flat_inputs(graph, self.args, self.kwargs)
+
+
+def inputs_of(batch: Any, graph: fx.Graph) -> Inputs:
+    """Read a batch for the captured program `graph`.
+
+    Raises:
+        TypeError: It is no batch.
+    """
+    if isinstance(batch, Tensor):
+        return Inputs((batch,), {}, None)
+    if isinstance(batch, Mapping):
+        named = {str(name): value for name, value in batch.items()}
+        labels = named.get(LABELS)
+        if LABELS not in _names(graph):
+            named.pop(LABELS, None)
+        return Inputs((), named, labels if isinstance(labels, Tensor) else None)
+    if isinstance(batch, tuple | list):
+        return Inputs(tuple(batch), {}, None)
+    raise TypeError(
+        f"a batch is a tensor, a tuple or list of inputs, or a mapping of inputs by name; got {type(batch).__name__}"
+    )
+
+
+def _names(graph: fx.Graph) -> set[str]:
+    info = getattr(graph._codegen, "pytree_info", None)
+    return {node.target for node in graph.find_nodes(op="placeholder")} if info is None else set(info.orig_args)
+
+
+def loss_of(outputs: Any, batch: Any, inputs: Inputs, loss_fn: Loss | None) -> Tensor:
+    """Return the loss [] of a batch.
+
+    Raises:
+        ValueError: It is no one number, or hangs on nothing that is differentiated; or there is none to compute.
+    """
+    loss = _default_loss(outputs, inputs) if loss_fn is None else loss_fn(outputs, batch)
+    # callers are not all type-checked
+    if not isinstance(loss, Tensor) or loss.numel() != 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"loss_fn(outputs, batch) must return a tensor of one element; got {shape}")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on the outputs, or loss_fn detached them: it has no gradient")
+    return loss.reshape(())
+
+
+def _default_loss(outputs: Any, inputs: Inputs) -> Tensor:
+    """Return the outputs' own loss, else the next-token cross-entropy of the logits among them."""
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    targets = _tokens(inputs) if inputs.labels is None else inputs.labels
+    for logits in pytree.tree_leaves(outputs):
+        if targets is not None and _fits(logits, targets):
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(wide[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
+    raise ValueError(
+        "the outputs have no loss, and no logits [batch, length, vocabulary] that fit token ids [batch, length] of the "
+        "inputs; give loss_fn(outputs, batch)"
+    )
+
+
+def _fits(logits: Any, targets: Tensor) -> bool:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 3:
+        return False
+    return logits.shape[:2] == targets.shape and targets.shape[1] > 1
+
+
+def _tokens(inputs: Inputs) -> Tensor | None:
+    """Return the ids that a decoder predicts the next of, or the first integers of the call."""
+    decoded = inputs.kwargs.get("decoder_input_ids")
+    leaves = pytree.tree_leaves((decoded, inputs.args, inputs.kwargs))
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS), None)
+
+
+_INTEGERS = frozenset({torch.int64, torch.int32})
