@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "evidence"))
 
+import look  # noqa: E402
 import loop  # noqa: E402
 import retrofit  # noqa: E402
 import summarize  # noqa: E402
@@ -70,8 +71,8 @@ def test_corpus_is_split_by_file_and_named_by_a_hash(tmp_path):
 
 def test_this_python_has_a_corpus():
     corpus = load_corpus()
-    assert len(corpus.train) > 8 * len(corpus.validation) / 2 > 100_000
-    assert corpus.sha256 == load_corpus().sha256
+    assert len(corpus.train) > 4 * len(corpus.validation) > 400_000
+    assert corpus.facts()["text"] == f"standard library of Python {sys.version.split()[0]}"
 
 
 def test_a_python_without_sources_is_refused(tmp_path):
@@ -164,9 +165,14 @@ def trained(tmp_path_factory):
     """The commands of the page on the tiny preset, one seed: their folder and the collected facts."""
     out = tmp_path_factory.mktemp("evidence")
     where = ["--preset", "tiny", "--seeds", "0", "--out", str(out)]
-    train.main(where)
-    retrofit.main([*where, "--variants", "original", "block"])
-    train.main(["--preset", "tiny", "--seeds", "9", "--variants", "original", "--steps", "4", "--out", f"{out}/lr/x"])
+    search = ["--seeds", "9", "--variants", "original", "--steps", "4", "--out", str(out / "lr" / "x")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, retrofit, look):
+            patch.setattr(module, "load_corpus", lambda: CORPUS)
+        train.main(where)
+        retrofit.main([*where, "--variants", "original", "block"])
+        train.main(["--preset", "tiny", *search])
+        look.main([*where, "--variants", "block", "--figures", str(out / "figures")])
     summarize.main(["--preset", "tiny", "--out", str(out), "--json", str(out / "all.json")])
     return out, json.loads((out / "all.json").read_text())
 
@@ -183,10 +189,26 @@ def test_commands_of_the_page_run_end_to_end(trained):
     # zero queries: before the first step all variants are one function
     first = [one["train_loss"][0] for one in runs.values()]
     assert max(first) - min(first) < 1e-5
-    assert facts["corpus"]["sha256"] == load_corpus().sha256
+    assert facts["corpus"] == CORPUS.facts()
     assert [search["steps"] for search in facts["lr_search"]] == [4]
     assert facts["throughput"] is None
     assert tables.throughput(facts) == "Not run."
+
+
+def test_bfloat16_run_follows_the_float32_run(models, tmp_path):
+    _, exact = run(models["block"], tmp_path / "float32")
+    _, rounded = run(models["block"], tmp_path / "bfloat16", replace(TINY, autocast=True))
+    assert rounded.train_loss != exact.train_loss
+    assert rounded.train_loss == pytest.approx(exact.train_loss, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_compiled_bfloat16_run_follows_the_uncompiled_one(models, tmp_path):
+    # what the preset "gpu" asks for, on what is here
+    _, plain = run(models["full"], tmp_path / "plain", replace(TINY, autocast=True))
+    _, compiled = run(models["full"], tmp_path / "compiled", replace(TINY, autocast=True, compile=True))
+    assert compiled.final_validation == pytest.approx(plain.final_validation, rel=1e-2)
+    assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-2)
 
 
 def test_throughput_times_all_variants_in_turns(models):
@@ -207,6 +229,25 @@ def test_retrofit_starts_where_the_trained_model_was(trained):
         assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
         assert len(one["train_loss"]) == TINY.retrofit_steps
     assert runs["original"]["train_loss"][0] == pytest.approx(runs["block"]["train_loss"][0], abs=1e-5)
+
+
+def test_look_gives_facts_and_figures(trained):
+    out, facts = trained
+    found = facts["look"]
+    assert found["dynamics"].keys() == {"original", "block"}
+    diagnosis = ar.Diagnosis.load(out / "tiny" / "block-0" / "diagnosis.json")
+    updates = diagnosis.streams[0].updates
+    ratio = found["dynamics"]["block"]["update_last_to_first"]
+    assert ratio["by_seed"]["0"] == pytest.approx(updates[-1].output_rms / updates[0].output_rms, abs=1e-6)
+    norms = torch.tensor([update.baseline_gradient_norm for update in updates], dtype=torch.float64)
+    expected = norms.std(correction=0) / norms.mean()
+    assert found["dynamics"]["original"]["gradient_variation"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+    # 2 layers: the reads before attention are of state 2, those before an MLP of states 1 and 3
+    weights = {read.state: read.weights for read in diagnosis.streams[0].reads}
+    pattern = {name: row["mean"] for name, row in found["maps"]["block"].items()}
+    assert pattern["newest_before_attention"] == pytest.approx(weights[2][-1], abs=1e-6)
+    assert pattern["embedding_before_mlp"] == pytest.approx((weights[1][0] + weights[3][0]) / 2, abs=1e-6)
+    assert {path.suffix for path in (out / "figures" / "evidence_block").iterdir()} == {".png", ".svg"}
 
 
 def test_runs_that_do_not_compare_are_refused(trained, tmp_path):

@@ -3,7 +3,8 @@
     python examples/evidence/look.py --preset cpu --seeds 0 1 2 --out out/evidence --figures docs/figures
 
 Each rewritten network is diagnosed on validation text with `ar.diagnose`, and beside it the original that was trained
-from the same seed. Figures are of the first seed; `OUT/PRESET/look.json` has the facts, means over the seeds.
+from the same seed. Figures are of the first seed; `OUT/PRESET/look.json` has the facts, means over the seeds, and
+`RUN/diagnosis.json` every figure.
 """
 
 import argparse
@@ -31,14 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=["block", "full"], choices=["block", "full"])
     parser.add_argument("--out", type=Path, default=Path("out/evidence"))
     parser.add_argument("--figures", type=Path, help="a folder for the pictures")
     options = parser.parse_args(arguments)
     preset, corpus = PRESETS[options.preset], load_corpus()
-    found: dict[str, dict[int, ar.Diagnosis]] = {"block": {}, "full": {}}
+    found: dict[str, dict[int, ar.Diagnosis]] = {variant: {} for variant in options.variants}
     for variant, diagnoses in found.items():
         for seed in options.seeds:
             diagnoses[seed] = diagnose(variant, seed, preset, corpus, options.out / options.preset)
+            diagnoses[seed].save(options.out / options.preset / f"{variant}-{seed}" / "diagnosis.json", force=True)
             print(
                 f"{variant}, seed {seed}: loss {diagnoses[seed].loss:.4f}, original {diagnoses[seed].baseline_loss:.4f}"
             )
@@ -64,7 +67,8 @@ def _trained(folder: Path, preset: Preset) -> dict[str, Tensor]:
 
 def dynamics(found: Diagnoses) -> dict[str, Any]:
     """Return, by variant and figure, values by seed, mean and spread: magnitudes and gradients over depth."""
-    sides = {"original": (found["block"], True), "block": (found["block"], False), "full": (found["full"], False)}
+    # the original is the same beside each
+    sides = {"original": (next(iter(found.values())), True)} | {name: (one, False) for name, one in found.items()}
     figures: dict[str, Callable[[Sequence[float], Sequence[float], Sequence[float]], float]] = {
         "update_last_to_first": lambda updates, sums, gradients: updates[-1] / updates[0],
         "update_max_to_min": lambda updates, sums, gradients: max(updates) / min(updates),
