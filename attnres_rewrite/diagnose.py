@@ -16,6 +16,7 @@ from attnres_rewrite.batches import Loss, inputs_of, loss_of
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.diagnosis import MAX_LISTED, Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import NotRewrittenError, explain
+from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.module import Program, RewrittenModule
 from attnres_rewrite.passes.insert_reads import insert_reads
@@ -64,6 +65,8 @@ def diagnose(
         TypeError: A batch has other inputs than the network.
     """
     program = _program_of(new)
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
     sides = _sides(new, program, baseline)
@@ -134,7 +137,7 @@ def _program_of(new: RewrittenModule) -> Program:
         )
     if any(value.is_meta for value in new.parameters()):
         raise ValueError("the parameters are on the meta device, which holds no numbers: nothing can be run")
-    return new.programs[new.training]
+    return program_with_values(new)
 
 
 def _sides(new: RewrittenModule, program: Program, baseline: Baseline) -> list[Side]:

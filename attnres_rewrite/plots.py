@@ -45,18 +45,14 @@ MARKED_BLOCKS = 32  # more blocks than these are not told apart by lines
 MARKERS = 14  # on a line, at most
 
 
-def why_no_plots() -> str | None:
-    """Say what is missing for plots, or return None."""
+def require_matplotlib() -> None:
+    """Raise MissingPackageError, which names the extra, when matplotlib is not installed."""
     try:
         importlib.import_module("matplotlib.figure")
     except ImportError as why:
-        return str(why)
-    return None
-
-
-def _require_matplotlib() -> None:
-    if (why := why_no_plots()) is not None:
-        raise MissingPackageError(explain("plots need matplotlib", None, why, 'pip install "attnres-rewrite[plot]"'))
+        raise MissingPackageError(
+            explain("plots need matplotlib", None, str(why), 'pip install "attnres-rewrite[plot]"')
+        ) from why
 
 
 def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
@@ -73,7 +69,7 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         MissingPackageError: matplotlib is not installed.
         ValueError: There is no such stream, or it has no figures.
     """
-    _require_matplotlib()
+    require_matplotlib()
     import numpy as np
     from matplotlib.colors import PowerNorm
 
@@ -253,7 +249,7 @@ def _title(diagnosis: Diagnosis, of: StreamDiagnosis, what: str) -> str:
 
 
 def _stream_of(diagnosis: Diagnosis, stream: int) -> StreamDiagnosis:
-    _require_matplotlib()
+    require_matplotlib()
     if not 0 <= stream < len(diagnosis.streams):
         raise ValueError(
             f"stream={stream}, and the diagnosis has figures of {len(diagnosis.streams)} streams, counted from 0"
@@ -291,7 +287,7 @@ def save_plots(
         raise ValueError(f"formats {', '.join(unknown)} are not of {', '.join(FORMATS)}")
     if not diagnosis.streams:
         raise ValueError("the diagnosis has no figures to plot: no batch was finite")
-    _require_matplotlib()
+    require_matplotlib()
     targets = {
         Path(folder) / f"{prefix}{plot}.{ending}": (plot, stream, ending)
         for stream, prefix in enumerate(_prefixes(diagnosis))

@@ -4,7 +4,8 @@ The second computation keeps all tokens of all batches, and shares no code with 
 """
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import attnres_rewrite as ar
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.lifted import LiftedInterpreter, LiftedState
 from attnres_rewrite.witness import DepthInterpreter
-from tests.networks import VOCAB, Gpt, Layer, gpt, gpt_of, ids
+from tests.networks import VOCAB, WIDTH, Gpt, Layer, gpt, gpt_of, ids
 
 LIMIT = 1e-10
 
@@ -328,3 +329,141 @@ def test_figures_of_a_huggingface_model(name):
     diagnosis = ar.diagnose(new, [batch] * 2, loss_fn=loss_fn)
     check(diagnosis, new, mine, original)
     assert [[update.kind for update in stream.updates] for stream in diagnosis.streams] == kinds
+
+
+@pytest.fixture(scope="module")
+def new() -> ar.RewrittenModule:
+    return ar.rewrite(gpt(), (ids(),), config=ar.AttnResConfig(num_blocks=2), verify=False)
+
+
+def test_at_zero_queries_the_original_is_itself(new):
+    found = ar.diagnose(new, [ids()])
+    assert (found.num_batches, found.num_nonfinite, found.mode, found.baseline) == (1, 0, "eval", "own")
+    assert found.num_tokens == ids().numel()
+    assert found.loss == pytest.approx(found.baseline_loss, rel=1e-6)
+    (stream,) = found.streams
+    assert stream.blocks == ((1, 3), (4, 6))
+    assert [read.sources for read in stream.reads] == [
+        ("embedding", "partial"),
+        ("embedding", "partial"),
+        ("embedding", "block 1"),
+        ("embedding", "block 1", "partial"),
+        ("embedding", "block 1", "partial"),
+        ("embedding", "block 1", "block 2"),
+    ]
+    for read in stream.reads:
+        assert read.effective_sources == pytest.approx(len(read.sources))
+    for update in stream.updates:
+        assert update.output_rms == pytest.approx(update.baseline_output_rms, rel=1e-5)
+        assert update.gradient_norm == pytest.approx(update.baseline_gradient_norm, rel=1e-5)
+
+
+def test_without_a_baseline(new):
+    found = ar.diagnose(new, [ids()], baseline=False)
+    assert (found.baseline, found.baseline_loss, found.streams[0].baseline_root_rms) == ("", None, None)
+    assert {update.baseline_output_rms for update in found.streams[0].updates} == {None}
+
+
+def test_the_network_is_left_as_it_was():
+    class Counting(Gpt):
+        def __init__(self) -> None:
+            super().__init__(1, dropout=0.1)
+            self.batch_norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.layers[0](self.embed(ids))
+            return self.head(self.norm(x) + self.batch_norm(self.embed(ids).flatten(0, 1)).view(x.shape))
+
+    new = ar.rewrite(Counting(), (ids(),), config=ar.AttnResConfig(num_blocks=1), verify=False).train()
+    new(ids()).sum().backward()
+    kept = {name: value.clone() for name, value in new.state_dict().items()}
+    gradients = {name: value.grad.clone() for name, value in new.named_parameters()}
+    found = ar.diagnose(new, [ids()] * 2)
+    assert found.mode == "train"
+    assert new.training
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    for name, value in new.named_parameters():
+        assert value.requires_grad
+        assert torch.equal(value.grad, gradients[name]), name
+
+
+def test_frozen_parameters_have_gradients_of_their_updates(new):
+    wanted = ar.diagnose(new, [ids()])
+    new.requires_grad_(False)
+    frozen = ar.diagnose(new, [ids()])
+    new.requires_grad_(True)
+    assert frozen == wanted
+    with torch.no_grad():
+        assert ar.diagnose(new, [ids()]) == wanted
+
+
+def test_batches_that_are_not_finite_are_counted_and_left_out(new):
+    done = []
+    factors = iter([1.0, float("nan"), 1.0, float("inf")])
+
+    def loss_fn(outputs: Tensor, batch: Tensor) -> Tensor:
+        return outputs.square().mean() * next(factors)
+
+    batches = [ids(1, 4), ids(1, 5), ids(1, 6), ids(1, 7)]
+    found = ar.diagnose(new, batches, loss_fn=loss_fn, baseline=False, progress=lambda *count: done.append(count))
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (found.num_batches, found.num_nonfinite, found.nonfinite_batches) == (4, 2, (1, 3))
+    wanted = ar.diagnose(
+        new, [batches[0], batches[2]], loss_fn=lambda outputs, batch: outputs.square().mean(), baseline=False
+    )
+    assert (found.loss, found.streams) == (wanted.loss, wanted.streams)
+    kept = ar.diagnose(new, [ids()], loss_fn=lambda outputs, batch: outputs.sum() * float("nan"))
+    assert (kept.loss, kept.streams, kept.num_nonfinite) == (None, (), 1)
+
+
+def test_one_batch_is_held_at_a_time(new):
+    alive: list[weakref.ref] = []
+
+    class Batch(dict):
+        """A mapping that can be weakly referenced."""
+
+    def batches() -> Iterator[Batch]:
+        for length in (4, 5, 6):
+            assert all(reference() is None for reference in alive)
+            batch = Batch(ids=ids(1, length))
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    found = ar.diagnose(new, batches(), baseline=False)
+    assert (found.num_batches, found.num_tokens) == (3, 15)
+
+
+def test_no_more_batches_are_taken_than_asked_for(new):
+    source = iter([ids(1, 4), ids(1, 5), ids(1, 6)])
+    assert ar.diagnose(new, source, max_batches=2, baseline=False).num_batches == 2
+    assert next(source).shape == (1, 6)
+    assert ar.diagnose(new, [ids()], max_batches=9, baseline=False).num_batches == 1
+
+
+def test_what_is_refused(new):
+    with pytest.raises(ar.NotRewrittenError, match=r"This is a Gpt.*\n.*rewrite\(model, args\)"):
+        ar.diagnose(gpt(), [ids()])
+    with pytest.raises(ar.NotRewrittenError):
+        ar.depth_weights(gpt(), ids())
+    with pytest.raises(ValueError, match="there is no batch"):
+        ar.diagnose(new, [])
+    with pytest.raises(ValueError, match="max_batches=0 must be at least 1"):
+        ar.diagnose(new, [ids()], max_batches=0)
+    with pytest.raises(TypeError, match=r"this Tensor is one: give \[batch\]"):
+        ar.diagnose(new, ids())
+    with pytest.raises(TypeError, match="also takes ids"):
+        ar.diagnose(new, [{}])
+
+
+def test_depth_weights_are_those_of_every_token():
+    new = rewritten(gpt(), ids(), num_blocks=2)
+    weights = ar.depth_weights(new, ids(3, 4))
+    (stream,) = ar.diagnose(new, [ids(3, 4)], baseline=False).streams
+    assert list(weights) == [read.name for read in stream.reads]
+    for read in stream.reads:
+        assert weights[read.name].shape == (3, 4, len(read.sources))
+        assert not weights[read.name].requires_grad
+        torch.testing.assert_close(weights[read.name].sum(-1), torch.ones(3, 4, dtype=torch.float64))
+        torch.testing.assert_close(weights[read.name].flatten(0, 1).mean(0).tolist(), list(read.weights))

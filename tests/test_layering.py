@@ -36,6 +36,7 @@ LEVELS = (
         "api",
         "batches",
         "baseline",
+        "example_values",
         "taps",
         "running_figures",
         "diagnose",

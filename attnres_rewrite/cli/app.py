@@ -3,6 +3,7 @@
 inspect   MODEL -> streams, blocks, reads, and the adds left alone; changes nothing
 rewrite   MODEL -> the same, the proofs, and a saved folder
 verify    MODEL -> the proofs' figures
+diagnose  MODEL, data -> weights, magnitudes and gradients, as tables, JSON and plots
 
 Facts go to stdout; progress, notes and refusals to stderr. Exit status: 0 done, 1 refused with a reason,
 2 wrong arguments. Every failure ends in `run`, so the commands are straight lines.
@@ -400,3 +401,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     """Run the command line of this process."""
     sys.exit(run(sys.argv[1:]))
+
+
+# commands with a file of their own: they take the options above
+from attnres_rewrite.cli import diagnose  # noqa: E402, F401  # pyright: ignore[reportUnusedImport]

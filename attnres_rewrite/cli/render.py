@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from attnres_rewrite import PipelinePlan
+    from attnres_rewrite import Diagnosis, PipelinePlan
+    from attnres_rewrite.diagnosis import ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
     from attnres_rewrite.report import CaptureReport, RewriteReport, StreamReport, VerifyReport
 
 Stage = Callable[[str], None]
@@ -25,6 +27,8 @@ Stage = Callable[[str], None]
 SPINNER_AFTER_S = 1.0
 # Lines in a pipe are for grep: no table is folded to fit a screen that is not there.
 PIPE_WIDTH = 10_000
+# Weights that differ by less are those of a zero query, and rounding.
+ALIKE = 1e-6
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -59,6 +63,19 @@ def working(first_stage: str) -> Generator[Stage]:
 
 def _ignore(stage: str) -> None:
     del stage
+
+
+@contextmanager
+def counting(what: str, total: int | None) -> Generator[Callable[[int], None]]:
+    """Show a progress bar on a terminal's stderr; yield what takes the number done. Prints go to stderr, too."""
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bar = Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+    with redirect_stdout(sys.stderr), bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def line(text: str) -> None:
@@ -258,6 +275,49 @@ def pipeline(model: str, plan: "PipelinePlan") -> None:
         console.print(f"  {name} is used in stages {', '.join(map(str, used))}: add up its gradients", soft_wrap=True)
 
 
+def diagnosis(found: "Diagnosis") -> None:
+    """Print what every read mixes, and the size and the gradient of every update."""
+    console = _console()
+    loss = "no finite loss" if found.loss is None else f"loss {found.loss:.4f}"
+    original = "" if found.baseline_loss is None else f", of the original {found.baseline_loss:.4f}"
+    size = f"{found.mode} mode, {_many(found.num_batches, 'batch', 'batches')}, {_many(found.num_tokens, 'token')}"
+    console.print(Text.assemble((found.model, "bold"), f"  {size}; {loss}{original}"), soft_wrap=True)
+    for stream in found.streams:
+        console.print()
+        console.print(Text.assemble((stream.name, "bold"), f"  width {stream.width}"), soft_wrap=True)
+        console.print(_weights_table(stream.reads))
+        console.print(_updates_table(stream))
+
+
+def _weights_table(reads: "Sequence[ReadDiagnosis]") -> Table:
+    columns = ("  state", "read by", "before", "sources", "most weight", "on", "entropy", "effective sources")
+    table = _table(*columns)
+    for read in reads:
+        top = max(range(len(read.weights)), key=read.weights.__getitem__)
+        row = (f"  {read.state}", read.owner or "(the model)", read.before or "-", str(len(read.sources)))
+        weight = f"{read.weights[top]:.3f} ± {read.spreads[top]:.3f}"
+        source = read.sources[top] if read.weights[top] - min(read.weights) > ALIKE else "(all alike)"
+        table.add_row(*row, weight, source, f"{read.entropy:.3f}", f"{read.effective_sources:.2f}")
+    return table
+
+
+def _updates_table(stream: "StreamDiagnosis") -> Table:
+    own = ("  update", "by", "block", "rms", "rms of the sum", "gradient norm")
+    before = ("rms before", "sum before", "gradient before") if stream.baseline_root_rms is not None else ()
+    table = _table(*own, *before)
+    for update in stream.updates:
+        row = (f"  {update.index}", update.owner or "(the model)", str(update.block))
+        figures = (update.output_rms, update.sum_rms, update.gradient_norm, *_before(update))
+        table.add_row(*row, *(f"{figure:.4g}" for figure in figures))
+    return table
+
+
+def _before(update: "UpdateDiagnosis") -> list[float]:
+    """Return the figures of the original network, where it was run."""
+    figures = (update.baseline_output_rms, update.baseline_sum_rms, update.baseline_gradient_norm)
+    return [figure for figure in figures if figure is not None]
+
+
 def _span(names: Sequence[str]) -> str:
     """Name the modules of a stage, layers in a row by the first and the last."""
     if len(names) <= 3:
@@ -268,8 +328,8 @@ def _span(names: Sequence[str]) -> str:
     return ", ".join([f"{first} to {last}", *rest])
 
 
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def _many(count: int, noun: str, plural: str = "") -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
 
 
 def _table(*columns: str, header: bool = True) -> Table:

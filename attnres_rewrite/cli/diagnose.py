@@ -1,0 +1,229 @@
+"""attnres-rewrite diagnose: a rewrite and data -> tables, diagnosis.json and plots.
+
+The data file is the user's code: its factory returns an iterable of batches, or (batches, loss_fn).
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated, Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+import typer
+from torch import Tensor
+
+import attnres_rewrite as ar
+from attnres_rewrite import plots
+from attnres_rewrite.cli import app as shared
+from attnres_rewrite.cli import load, render
+from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
+
+DATA_FACTORIES = ("batches", "make_batches", "data", "loader")
+FILE_NAME = "diagnosis.json"
+_PICKLED = (".pt", ".pth", ".bin")
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py[:factory]",
+        help="What returns the batches, or (batches, loss_fn). Default: the inputs MODEL was captured on, once.",
+    ),
+]
+Batches = Annotated[int | None, typer.Option(metavar="N", min=1, help="Stop after so many. Default: all of the data.")]
+BaselinePath = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="A twin that was trained without the rewrite, to stand beside it: a .safetensors file, a .pt state dict, "
+        "or a MODEL. Default: the original network with the parameters of MODEL.",
+    ),
+]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Write no plots; matplotlib is not needed.")]
+Folder = Annotated[
+    Path | None, typer.Option("-o", metavar="FOLDER", help="Folder to write to. Default: <name>.diagnosis, here.")
+]
+ForceFolder = Annotated[bool, typer.Option("--force", help="Replace a diagnosis that is there already.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    batches: Iterable[Any]
+    loss_fn: Callable[[Any, Any], Any] | None = None
+
+
+@shared.app.command(
+    epilog=shared._epilog(
+        "diagnose gpt.attnres --data my_data.py:validation --batches 50",
+        "diagnose gpt.attnres --data my_data.py --baseline twin.safetensors -o figures",
+        "diagnose examples/gpt.py --blocks 4 --no-plots --json",
+    )
+)
+def diagnose(
+    model: shared.Model,
+    data: Data = None,
+    batches: Batches = None,
+    baseline: BaselinePath = None,
+    blocks: shared.Blocks = None,
+    block_size: shared.BlockSize = None,
+    block_layers: shared.BlockLayers = None,
+    output: shared.Output = "sum",
+    no_key_norm: shared.NoKeyNorm = False,
+    batch: shared.Batch = None,
+    seq: shared.Seq = None,
+    no_plots: NoPlots = False,
+    path: Folder = None,
+    force: ForceFolder = False,
+    as_json: shared.AsJson = False,
+) -> None:
+    """Show what MODEL learnt to read: depth-attention weights, magnitudes and gradients, beside the original network.
+
+    MODEL runs in eval mode where it has one. Batches whose loss is not finite are counted and left out.
+
+    Exit status: 0 done, 1 refused with a reason or nothing finite to show, 2 wrong arguments.
+    """
+    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm)
+    target = path or Path(f"{load.name_of(model)}.diagnosis")
+    _check_folder(target, force)
+    if not no_plots:
+        plots.require_matplotlib()
+    with render.working("load the data"):
+        given = None if data is None else _load_data(data)
+    found = shared._load(model, config, False, batch, seq)
+    twin = None if baseline is None else _load_twin(baseline)
+    new = _rewritten(model, found, config)
+    if True in new.programs and False not in new.programs:
+        render.warning("the model was captured in train mode only, so its dropout is in the figures")
+    else:
+        new.eval()
+    given = given or _example_data(new)
+    with render.counting("batches", _total(given.batches, batches)) as count:
+        diagnosis = ar.diagnose(
+            new,
+            _blamed(given.batches, data or model),
+            loss_fn=given.loss_fn,
+            baseline=twin,
+            max_batches=batches,
+            progress=lambda done, total: count(done),
+        )
+    _warn(diagnosis, batches)
+    target.mkdir(exist_ok=True)
+    written = [diagnosis.save(target / FILE_NAME, force=force)]
+    if diagnosis.streams and not no_plots:
+        written += plots.save_plots(diagnosis, target, force=force)
+    if as_json and diagnosis.streams:
+        render.facts(diagnosis.to_dict() | {"written": [str(file) for file in written]})
+    elif diagnosis.streams:
+        render.diagnosis(diagnosis)
+        render.line("")
+        render.line(f"written  {target}: {', '.join(file.name for file in written)}")
+    else:
+        why = f"All {diagnosis.num_batches} had a loss or a figure that is not finite; {written[0]} says so."
+        raise RewriteError(explain("there is nothing to show: no batch was finite", None, why))
+
+
+def _check_folder(target: Path, force: bool) -> None:
+    """Refuse before the work a folder that cannot be written, or is not to be."""
+    shared._check_target(target, force)
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(explain(f"{target} is no folder", remedy="-o names a folder."))
+    folder = target if target.exists() else target.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ArtifactError(explain(f"{folder} cannot be written", remedy="-o names another folder."))
+
+
+def _rewritten(model: str, found: load.Loaded, config: "ar.AttnResConfig") -> "ar.RewrittenModule":
+    if load.is_artifact(model):
+        return found.model
+    with render.working("capture") as stage:
+        new = ar.rewrite(found.model, found.args, found.kwargs, config, verify=False, progress=stage)
+    render.warning(f"{model} is no rewrite: it was rewritten here, nothing was proven, and all its queries are zero")
+    return new
+
+
+def _load_data(spec: str) -> _Data:
+    """Import the data file and call its factory.
+
+    Raises:
+        ModelSpecError: It gives no batches.
+        ValueError: `spec` names no file.
+    """
+    location, name = load._split(spec)
+    path = Path(location)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"--data {spec}: there is no file {path}; it is FILE.py[:factory]")
+    module = load._import_file(path)
+    names = DATA_FACTORIES if name is None else (name,)
+    made: Any = next((getattr(module, found) for found in names if hasattr(module, found)), None)
+    if made is None:
+        raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", remedy=RETURNS))
+    if callable(made):
+        with load._blaming(f"{spec} raised"):
+            made = made()
+    items = cast(tuple[Any, ...], made) if isinstance(made, tuple) else ()
+    batches, loss_fn = items if len(items) == 2 and callable(items[1]) else (made, None)
+    # a tensor and a mapping can be iterated, and are one batch
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+        seen = f"It returned a {type(cast(object, batches)).__name__}."
+        raise ModelSpecError(explain(f"{spec} gives no batches", None, seen, RETURNS))
+    return _Data(cast(Iterable[Any], batches), loss_fn)
+
+
+RETURNS = "A data factory takes no arguments and returns an iterable of batches, or (batches, loss_fn)."
+
+
+def _example_data(new: "ar.RewrittenModule") -> _Data:
+    render.warning("there is no --data: the figures are of the inputs the model was captured on, which are no data")
+    inputs = new.example_inputs
+    names = list(inspect.signature(new.forward).parameters)
+    return _Data([dict(zip(names, inputs.args, strict=False)) | inputs.kwargs])
+
+
+def _blamed(batches: Iterable[Any], spec: str) -> Iterator[Any]:
+    """Yield the batches; what their code raises is a refusal that names it. No batch is kept."""
+    iterator = iter(batches)
+    while True:
+        with load._blaming(f"the batches of {spec} raised"):
+            try:
+                batch = [next(iterator)]
+            except StopIteration:
+                return
+        yield batch.pop()
+
+
+def _total(batches: Iterable[Any], wanted: int | None) -> int | None:
+    if not isinstance(batches, Sized):
+        return wanted
+    return len(batches) if wanted is None else min(len(batches), wanted)
+
+
+def _load_twin(path: str) -> Any:
+    """Read the values of a twin: a state dict, or the module that a MODEL gives."""
+    file = Path(path)
+    if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
+        return load.load(path).model
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        values = torch.load(file, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError, UnpicklingError) as why:
+        raise ModelSpecError(
+            explain(f"--baseline {path} cannot be read", None, f"{type(why).__name__}: {why}")
+        ) from why
+    return values if isinstance(values, Mapping) else None
+
+
+def _warn(diagnosis: "ar.Diagnosis", wanted: int | None) -> None:
+    if wanted is not None and diagnosis.num_batches < wanted:
+        render.warning(f"the data has {diagnosis.num_batches} batches, fewer than --batches {wanted}")
+    if diagnosis.num_nonfinite:
+        which = ", ".join(map(str, diagnosis.nonfinite_batches))
+        more = ", ..." if len(diagnosis.nonfinite_batches) < diagnosis.num_nonfinite else ""
+        render.warning(
+            f"{diagnosis.num_nonfinite} of {diagnosis.num_batches} batches were not finite and are in no figure: "
+            f"batch {which}{more}"
+        )

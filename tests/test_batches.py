@@ -1,0 +1,93 @@
+"""Mirrors attnres_rewrite/batches.py: batches as calls, and the loss that is taken when none is given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from attnres_rewrite.batches import Inputs, inputs_of, loss_of
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+LOGITS = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+
+class Takes(nn.Module):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids * 2
+
+
+class TakesLabels(nn.Module):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return input_ids * labels
+
+
+GRAPH, LABELLED = (fx.symbolic_trace(module).graph for module in (Takes(), TakesLabels()))
+
+
+def by_hand(targets: Tensor) -> Tensor:
+    """Return the mean of -log p of the next token, one at a time."""
+    terms = [
+        -LOGITS[row, at].softmax(-1)[targets[row, at + 1]].log()
+        for row in range(2)
+        for at in range(2)
+        if targets[row, at + 1] >= 0
+    ]
+    return torch.stack(terms).mean()
+
+
+def test_every_form_of_a_batch():
+    for batch in (IDS, (IDS,), [IDS], {"input_ids": IDS}):
+        (leaf,) = inputs_of(batch, GRAPH).leaves(GRAPH)
+        assert leaf is IDS
+    with pytest.raises(TypeError, match="a batch is a tensor.*got int"):
+        inputs_of(3, GRAPH)
+    with pytest.raises(TypeError, match="takes input_ids; got 0 positional and"):
+        inputs_of({"input_ids": IDS, "attention_mask": IDS}, GRAPH).leaves(GRAPH)
+
+
+def test_labels_that_are_not_taken_are_kept_for_the_loss():
+    batch = {"input_ids": IDS, "labels": IDS + 1}
+    unused = inputs_of(batch, GRAPH)
+    assert unused.leaves(GRAPH) == [IDS]
+    assert unused.labels is batch["labels"]
+    assert len(inputs_of(batch, LABELLED).leaves(LABELLED)) == 2
+    assert "labels" in batch
+
+
+def test_the_next_token_of_the_ids_or_of_the_labels():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    ids = Inputs((mask, IDS), {}, None)
+    torch.testing.assert_close(loss_of({"logits": LOGITS}, None, ids, None), by_hand(IDS))
+    labels = torch.tensor([[0, 3, -100], [0, -100, 2]])
+    torch.testing.assert_close(loss_of((LOGITS,), None, Inputs((IDS,), {}, labels), None), by_hand(labels))
+    decoder = Inputs((), {"input_ids": IDS, "decoder_input_ids": IDS - 1}, None)
+    torch.testing.assert_close(loss_of(LOGITS, None, decoder, None), by_hand(IDS - 1))
+
+
+def test_the_outputs_own_loss_comes_first():
+    own = LOGITS.sum()
+    for outputs in ({"loss": own, "logits": LOGITS}, SimpleNamespace(loss=own)):
+        assert loss_of(outputs, None, Inputs((IDS,), {}, None), None) == own
+
+
+def test_a_given_loss_sees_the_batch():
+    batch = {"input_ids": IDS, "weight": 2.0}
+    found = loss_of(LOGITS, batch, Inputs((IDS,), {}, None), lambda outputs, given: outputs.sum() * given["weight"])
+    assert found == LOGITS.sum() * 2
+    assert found.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss_fn", "says"),
+    [
+        (LOGITS[:, :2], None, "give loss_fn"),
+        (LOGITS[:, 0], None, "give loss_fn"),
+        (LOGITS, lambda outputs, batch: outputs, r"one element; got \[2, 3, 7\]"),
+        (LOGITS, lambda outputs, batch: 3.0, "one element; got float"),
+        (LOGITS, lambda outputs, batch: outputs.detach().sum(), "has no gradient"),
+    ],
+)
+def test_no_loss_is_refused(outputs, loss_fn, says):
+    with pytest.raises(ValueError, match=says):
+        loss_of(outputs, None, Inputs((IDS,), {}, None), loss_fn)

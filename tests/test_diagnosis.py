@@ -1,0 +1,56 @@
+"""Mirrors attnres_rewrite/diagnosis.py: a diagnosis and its file."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
+from attnres_rewrite.errors import ArtifactError
+
+READ = ReadDiagnosis("attn_res.0", 2, "", "mlp", ("embedding", "partial"), (0.1, 0.9), (0.01, 1 / 3), 0.3, 1.4, 2.0)
+UPDATE = UpdateDiagnosis(1, "layers.0.f", "", 1, None, 0.1, 0.2, None, 1e-12, 0.3, 0.4, None, 0.5)
+STREAM = StreamDiagnosis("stream", 8, 10, ((1, 1), (2, 2)), 1.0, 1.5, (READ,), (UPDATE, replace(UPDATE, index=2)))
+DIAGNOSIS = Diagnosis("Tiny", "eval", 3, 1, (2,), 2.5, "given", 2.75, (STREAM,))
+
+
+@pytest.mark.parametrize("one", [DIAGNOSIS, replace(DIAGNOSIS, loss=None, baseline_loss=None, streams=())])
+def test_a_file_gives_back_what_was_saved(one, tmp_path):
+    path = one.save(tmp_path / "one.json")
+    assert Diagnosis.load(path) == one
+    assert json.loads(path.read_text()) == one.to_dict()
+    assert Diagnosis.from_dict(one.to_dict()) == one
+
+
+def test_tokens_are_those_of_all_streams():
+    assert replace(DIAGNOSIS, streams=(STREAM, STREAM)).num_tokens == 20
+    assert DIAGNOSIS.to_dict()["num_tokens"] == 10
+
+
+def test_a_file_is_replaced_when_asked(tmp_path):
+    path = DIAGNOSIS.save(tmp_path / "one.json")
+    other = replace(DIAGNOSIS, loss=1.0)
+    with pytest.raises(ArtifactError, match=r"the file exists, at .*one\.json"):
+        other.save(path)
+    assert Diagnosis.load(other.save(path, force=True)) == other
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format_version": 2}, "the diagnosis has format 2; this release reads 1"),
+        ({"format": "other"}, "not a diagnosis"),
+        ({"streams": [{"name": "stream"}]}, "the diagnosis cannot be read"),
+        ({"surprise": 1}, "the diagnosis cannot be read"),
+    ],
+)
+def test_what_is_no_diagnosis_of_this_release_is_refused(change, says):
+    with pytest.raises(ArtifactError, match=says):
+        Diagnosis.from_dict(DIAGNOSIS.to_dict() | change)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    (tmp_path / "one.json").write_text("{")
+    for name in ("one.json", "none.json"):
+        with pytest.raises(ArtifactError, match=f"not a diagnosis, at .*{name}"):
+            Diagnosis.load(tmp_path / name)
