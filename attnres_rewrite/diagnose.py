@@ -53,7 +53,7 @@ def diagnose(
         baseline: What the original network is run with: None for the parameters of `new`; a state dict, or the module,
             of a twin that was trained without the rewrite; False to leave it out, in half the time.
         max_batches: Stop after so many.
-        progress: Called after each batch with the number done, and of all, or None where it is not known.
+        progress: Called after each batch with the number done, and of all or at most, or None where it is not known.
 
     Returns:
         The figures. A batch whose loss, or any figure, is not finite is counted and left out of all means.
@@ -151,10 +151,14 @@ def _sides(new: RewrittenModule, program: Program, baseline: Baseline) -> list[S
 
 
 def _number_of(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    """Return how many batches will be run, or None where the iterable does not say."""
+    """Return how many batches will be run, at most, or None where nobody says."""
     if not isinstance(batches, Sized):
-        return None
-    return len(batches) if max_batches is None else min(len(batches), max_batches)
+        return max_batches
+    try:
+        count = len(batches)
+    except TypeError:  # a DataLoader of a stream has a __len__ that raises
+        return max_batches
+    return count if max_batches is None else min(count, max_batches)
 
 
 def _run_all(batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None) -> Iterator[bool]:

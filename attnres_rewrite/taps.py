@@ -47,14 +47,14 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class TappedGraph:
-    """A graph that takes its flat inputs and the anchors, and returns outputs and figures.
+    """A graph that takes its flat inputs and an anchor for each update, and returns outputs and figures.
 
-    Of kind "weights" a figure is what `token_moments` returns, of any other what `squares` does.
+    Anchors are in the order of the figures of kind "update": stream after stream. Of kind "weights" a figure is what
+    `token_moments` returns, of any other what `squares` does.
     """
 
     module: fx.GraphModule
     figures: tuple[Figure, ...]
-    num_anchors: int  # one for each update, stream after stream
     out_spec: Any
 
     def run(self, leaves: Sequence[Any], anchors: Tensor) -> tuple[Any, list[tuple[Any, ...]]]:
@@ -148,14 +148,13 @@ def weigh_reads(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
 
 
 def _tapped(graph: fx.Graph, wanted: Mapping[Figure, fx.Node], values: Mapping[str, Any]) -> TappedGraph:
-    num_anchors = sum(figure.kind == "update" for figure in wanted)
     made: list[fx.Node] = []
     for figure, node in wanted.items():
         # next to its tensor, which need not live until the end
         with graph.inserting_after(node):
             made.append(graph.call_function(token_moments if figure.kind == "weights" else squares, (node,)))
     module, out_spec = returning(graph, made, values)
-    return TappedGraph(module, tuple(wanted), num_anchors, out_spec)
+    return TappedGraph(module, tuple(wanted), out_spec)
 
 
 def returning(graph: fx.Graph, nodes: Sequence[fx.Node], values: Mapping[str, Any]) -> tuple[fx.GraphModule, Any]:

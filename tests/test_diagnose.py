@@ -436,10 +436,44 @@ def test_one_batch_is_held_at_a_time(new):
 
 
 def test_no_more_batches_are_taken_than_asked_for(new):
-    source = iter([ids(1, 4), ids(1, 5), ids(1, 6)])
-    assert ar.diagnose(new, source, max_batches=2, baseline=False).num_batches == 2
+    source, done = iter([ids(1, 4), ids(1, 5), ids(1, 6)]), []
+    found = ar.diagnose(new, source, max_batches=2, baseline=False, progress=lambda *count: done.append(count))
+    assert found.num_batches == 2
+    assert done == [(1, 2), (2, 2)]
     assert next(source).shape == (1, 6)
     assert ar.diagnose(new, [ids()], max_batches=9, baseline=False).num_batches == 1
+
+
+def test_a_loader_that_does_not_know_its_length(new):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield from (ids(1, 4), ids(1, 4))
+
+    done = []
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    ar.diagnose(new, loader, baseline=False, progress=lambda *count: done.append(count))
+    assert done == [(1, None), (2, None)]
+
+
+def test_inputs_that_are_the_stream_themselves():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Layer(parallel) for _ in range(2))
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.norm(x) * scale
+
+    torch.manual_seed(0)
+    batch = torch.randn(2, 5, WIDTH, dtype=torch.float64), torch.rand(2, 5, 1, dtype=torch.float64)
+    new = rewritten(Plain().eval(), *batch, num_blocks=2)
+    mine, original = by_hand(new, [(batch, {})], squared)
+    found = ar.diagnose(new, [batch], loss_fn=lambda outputs, batch: squared(outputs, []))
+    check(found, new, mine, original)
+    assert found.streams[0].root_rms == pytest.approx(rms([batch[0]]))
 
 
 def test_what_is_refused(new):

@@ -11,14 +11,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Annotated, Any, cast
 
-import safetensors
-import safetensors.torch
-import torch
 import typer
-from torch import Tensor
 
 import attnres_rewrite as ar
-from attnres_rewrite import plots
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
 from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
@@ -86,6 +81,8 @@ def diagnose(
 
     Exit status: 0 done, 1 refused with a reason or nothing finite to show, 2 wrong arguments.
     """
+    from attnres_rewrite import plots
+
     config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm)
     target = path or Path(f"{load.name_of(model)}.diagnosis")
     _check_folder(target, force)
@@ -101,14 +98,14 @@ def diagnose(
     else:
         new.eval()
     given = given or _example_data(new)
-    with render.counting("batches", _total(given.batches, batches)) as count:
+    with render.counting("batches") as count:
         diagnosis = ar.diagnose(
             new,
-            _blamed(given.batches, data or model),
+            _Blamed(given.batches, data or model),
             loss_fn=given.loss_fn,
             baseline=twin,
             max_batches=batches,
-            progress=lambda done, total: count(done),
+            progress=count,
         )
     _warn(diagnosis, batches)
     target.mkdir(exist_ok=True)
@@ -152,6 +149,8 @@ def _load_data(spec: str) -> _Data:
         ModelSpecError: It gives no batches.
         ValueError: `spec` names no file.
     """
+    from torch import Tensor
+
     location, name = load._split(spec)
     path = Path(location)
     if path.suffix != ".py" or not path.is_file():
@@ -183,26 +182,34 @@ def _example_data(new: "ar.RewrittenModule") -> _Data:
     return _Data([dict(zip(names, inputs.args, strict=False)) | inputs.kwargs])
 
 
-def _blamed(batches: Iterable[Any], spec: str) -> Iterator[Any]:
-    """Yield the batches; what their code raises is a refusal that names it. No batch is kept."""
-    iterator = iter(batches)
-    while True:
-        with load._blaming(f"the batches of {spec} raised"):
-            try:
-                batch = [next(iterator)]
-            except StopIteration:
-                return
-        yield batch.pop()
+@dataclass(frozen=True, slots=True)
+class _Blamed:
+    """The batches of a user's code: what it raises is a refusal that names it."""
 
+    batches: Iterable[Any]
+    spec: str
 
-def _total(batches: Iterable[Any], wanted: int | None) -> int | None:
-    if not isinstance(batches, Sized):
-        return wanted
-    return len(batches) if wanted is None else min(len(batches), wanted)
+    def __len__(self) -> int:
+        """Return the number of batches; raise TypeError where there is none, as len() does."""
+        return len(cast(Sized, self.batches))
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self.batches)
+        while True:
+            with load._blaming(f"the batches of {self.spec} raised"):
+                try:
+                    held = [next(iterator)]
+                except StopIteration:
+                    return
+            yield held.pop()  # nothing here holds a batch while it is used
 
 
 def _load_twin(path: str) -> Any:
     """Read the values of a twin: a state dict, or the module that a MODEL gives."""
+    import safetensors
+    import safetensors.torch
+    import torch
+
     file = Path(path)
     if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
         return load.load(path).model

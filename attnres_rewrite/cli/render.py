@@ -66,16 +66,16 @@ def _ignore(stage: str) -> None:
 
 
 @contextmanager
-def counting(what: str, total: int | None) -> Generator[Callable[[int], None]]:
-    """Show a progress bar on a terminal's stderr; yield what takes the number done. Prints go to stderr, too."""
+def counting(what: str) -> Generator[Callable[[int, int | None], None]]:
+    """Show a progress bar on a terminal's stderr; yield what takes the numbers done and of all. Prints go there."""
     console = _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     bar = Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
     )
     with redirect_stdout(sys.stderr), bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def line(text: str) -> None:

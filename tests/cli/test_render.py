@@ -89,3 +89,17 @@ def test_short_work_shows_nothing(monkeypatch):
     with render.working("load") as stage:
         stage("capture")
     assert terminal.getvalue() == ""
+
+
+def test_a_bar_counts_on_a_terminal_only(monkeypatch, capsys):
+    with render.counting("batches") as count:
+        count(1, 2)
+        print("the data talks")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "the data talks\n")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with render.counting("batches") as count:
+        count(3, 7)
+        count(4, None)
+    assert "4/7" in terminal.getvalue()
