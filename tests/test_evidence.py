@@ -247,7 +247,7 @@ def test_look_gives_facts_and_figures(trained):
     pattern = {name: row["mean"] for name, row in found["maps"]["block"].items()}
     assert pattern["newest_before_attention"] == pytest.approx(weights[2][-1], abs=1e-6)
     assert pattern["embedding_before_mlp"] == pytest.approx((weights[1][0] + weights[3][0]) / 2, abs=1e-6)
-    assert {path.suffix for path in (out / "figures" / "evidence_block").iterdir()} == {".png", ".svg"}
+    assert {path.suffix for path in (out / "figures" / "evidence_block").iterdir()} == {".svg"}
 
 
 def test_runs_that_do_not_compare_are_refused(trained, tmp_path):

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{variant}, seed {seed}: loss {diagnoses[seed].loss:.4f}, original {diagnoses[seed].baseline_loss:.4f}"
             )
         if options.figures:
-            save_plots(diagnoses[options.seeds[0]], options.figures / f"evidence_{variant}", force=True)
+            save_plots(diagnoses[options.seeds[0]], options.figures / f"evidence_{variant}", ("svg",), force=True)
     facts = {"seeds": options.seeds, "batches": BATCHES, "dynamics": dynamics(found), "maps": maps(found)}
     write_json(options.out / options.preset / "look.json", facts)
 
@@ -73,8 +73,10 @@ def dynamics(found: Diagnoses) -> dict[str, Any]:
         "update_last_to_first": lambda updates, sums, gradients: updates[-1] / updates[0],
         "update_max_to_min": lambda updates, sums, gradients: max(updates) / min(updates),
         "sum_last_to_first": lambda updates, sums, gradients: sums[-1] / sums[0],
+        "sum_last_to_second": lambda updates, sums, gradients: sums[-1] / sums[1],
         "sum_max": lambda updates, sums, gradients: max(sums),
         "gradient_variation": lambda updates, sums, gradients: _variation(gradients),
+        "gradient_variation_from_second": lambda updates, sums, gradients: _variation(gradients[1:]),
         "gradient_first_to_last": lambda updates, sums, gradients: gradients[0] / gradients[-1],
     }
     return {

@@ -98,8 +98,10 @@ def dynamics(facts: Facts) -> str:
             ("update_last_to_first", "RMS of the last update, to that of the first"),
             ("update_max_to_min", "largest RMS of an update, to the smallest"),
             ("sum_last_to_first", "RMS of the last sum, to that of the first"),
+            ("sum_last_to_second", "RMS of the last sum, to that of the second"),
             ("sum_max", "largest RMS of a sum"),
             ("gradient_variation", "gradient norms of updates, coefficient of variation"),
+            ("gradient_variation_from_second", "the same without the first update"),
             ("gradient_first_to_last", "gradient norm of the first update, to that of the last"),
         )
     ]
