@@ -113,12 +113,15 @@ def training_step(run: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer,
     """Make one step on bytes [batch, context + 1] and return the loss before it."""
     with precision(preset):
         loss = loss_of(run, ids)
+    # the weights that gave such a loss are kept as they are
+    if not math.isfinite(found := loss.item()):
+        return found
     optimizer.zero_grad()
     loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, preset.clip)
     optimizer.step()
-    return loss.item()
+    return found
 
 
 def optimizer_for(model: nn.Module, lr: float, preset: Preset) -> torch.optim.AdamW:
