@@ -130,6 +130,12 @@ def test_resumed_run_equals_an_uninterrupted_one(variant, models, tmp_path):
     assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
 
 
+def test_checkpoint_of_another_run_is_refused(models, tmp_path):
+    run(models["original"], tmp_path, stop_at=4)
+    with pytest.raises(ValueError, match=r"of another run \(lr 0.004 there, 0.1 now\): give another --out"):
+        run(models["original"], tmp_path, replace(TINY, lr=0.1))
+
+
 def test_validation_loss_is_the_mean_over_the_same_windows(models):
     model = models["original"]
     text = CORPUS.validation

@@ -78,12 +78,16 @@ def train(
         folder: Where the checkpoint is; it is made if need be.
         say: Called after each step with step, training loss and, where there was one, validation loss.
         stop_at: Leave after the first validation at or behind this step, as if the machine had been switched off.
+
+    Raises:
+        ValueError: The checkpoint is of a run with another preset, plan or text.
     """
     optimizer = optimizer_for(model, plan.lr, preset)
     batches = torch.Generator().manual_seed(plan.batch_seed)
     record, path = Record(), folder / "checkpoint.pt"
+    settings = {**preset.facts(), **asdict(plan), "text": corpus.sha256}
     if path.exists():
-        record = restore(path, model, optimizer, batches)
+        record = restore(path, settings, model, optimizer, batches)
     if record.final_validation is not None or record.ended:
         return record
     run = torch.compile(model) if preset.compile else model
@@ -102,7 +106,7 @@ def train(
             if step == plan.steps and not record.ended:
                 record.final_validation = validate(run, corpus.validation, preset, preset.final_windows)
             record.seconds = time.perf_counter() - start
-            save(path, model, optimizer, batches, record)
+            save(path, settings, model, optimizer, batches, record)
         say(step, loss, found)
         if record.ended or (found is not None and stop_at is not None and step >= stop_at):
             break
@@ -183,11 +187,17 @@ def precision(preset: Preset) -> AbstractContextManager[object]:
 
 
 def save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator, record: Record
+    path: Path,
+    settings: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: torch.Generator,
+    record: Record,
 ) -> None:
     """Write a checkpoint; a machine that stops meanwhile leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
+        "settings": settings,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "batches": batches.get_state(),
@@ -198,9 +208,18 @@ def save(
     path.with_suffix(".new").replace(path)
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Generator) -> Record:
+def restore(
+    path: Path,
+    settings: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: torch.Generator,
+) -> Record:
     """Load what `save` wrote into the model, the optimizer and the generators, and return the record."""
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if other := [name for name, value in settings.items() if state["settings"][name] != value]:
+        spelled = "; ".join(f"{name} {state['settings'][name]} there, {settings[name]} now" for name in other)
+        raise ValueError(f"{path} is of another run ({spelled}): give another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     batches.set_state(state["batches"])
