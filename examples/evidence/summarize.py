@@ -1,0 +1,145 @@
+"""The results of all runs -> one JSON file, and the tables of a page.
+
+    python examples/evidence/summarize.py --preset cpu --out out/evidence \\
+        --json benchmarks/results/evidence_cpu.json --page docs/evidence.md
+    python examples/evidence/summarize.py --tables --json benchmarks/results/evidence_cpu.json --page docs/evidence.md
+
+The first collects what `train.py`, `retrofit.py`, `throughput.py` and `look.py` left under --out; the second only
+writes the tables again. A page has its tables between lines `<!-- table: NAME -->` and `<!-- end -->`; the rest is left
+alone. A run that did not end, or whose loss was not finite, is listed and counts in no mean.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from settings import PRESETS, VARIANTS
+from tables import TABLES
+
+Facts = dict[str, Any]
+# what all runs of one comparison must share
+SHARED = ("corpus", "torch", "attnres_rewrite", "device", "threads", "preset")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cpu", choices=PRESETS)
+    parser.add_argument("--out", type=Path, default=Path("out/evidence"))
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/evidence_cpu.json"))
+    parser.add_argument("--page", type=Path, help="the page whose tables are written again")
+    parser.add_argument("--tables", action="store_true", help="only that, from the JSON file as it is")
+    options = parser.parse_args(arguments)
+    if not options.tables:
+        facts = collect(options.out / options.preset, options.out / "lr")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(dumps(facts))
+        print(f"wrote {options.json}")
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text(), json.loads(options.json.read_text())))
+        print(f"wrote the tables of {options.page}")
+
+
+def collect(folder: Path, searches: Path) -> Facts:
+    """Return what the runs under `folder` show together.
+
+    Raises:
+        FileNotFoundError: There is no run.
+        ValueError: Runs differ in text, versions, machine or preset: they do not compare.
+    """
+    runs = [_read(path) for path in sorted(folder.glob("*/result.json")) if not path.parent.name.startswith("retrofit")]
+    retrofits = [_read(path) for path in sorted(folder.glob("retrofit-*/result.json"))]
+    if not runs:
+        raise FileNotFoundError(f"no run under {folder}: train.py makes them")
+    shared = _shared([*runs, *retrofits])
+    facts: Facts = dict(shared)
+    facts["lr_search"] = [
+        {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
+        for run in sorted(map(_read, searches.glob("*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
+    ]
+    facts["training"] = compare(runs)
+    facts["retrofit"] = compare(retrofits) if retrofits else None
+    for name in ("throughput", "look"):
+        path = folder / f"{name}.json"
+        facts[name] = _read(path) if path.exists() else None
+    return facts
+
+
+def compare(runs: Iterable[Mapping[str, Any]]) -> Facts:
+    """Return runs, means and spread of each variant, and the differences to the original of the same seed."""
+    own = [{name: value for name, value in run.items() if name not in SHARED} for run in runs]
+    own.sort(key=lambda run: (run["seed"], VARIANTS.index(run["variant"])))
+    final = {(run["variant"], run["seed"]): run["final_validation"] for run in own}
+    final = {key: loss for key, loss in final.items() if loss is not None}
+    losses = {name: {seed: loss for (variant, seed), loss in final.items() if variant == name} for name in VARIANTS}
+    return {
+        "final_validation": {name: spread(found) for name, found in losses.items() if found},
+        "difference_to_original": {
+            name: spread(
+                {seed: loss - losses["original"][seed] for seed, loss in found.items() if seed in losses["original"]}
+            )
+            for name, found in losses.items()
+            if name != "original" and found.keys() & losses["original"].keys()
+        },
+        "left_out": [
+            f"{run['variant']}, seed {run['seed']}: {run['ended'] or 'not trained to the end'}"
+            for run in own
+            if run["final_validation"] is None
+        ],
+        "runs": own,
+    }
+
+
+def spread(by_seed: Mapping[int, float]) -> Facts:
+    """Return values by seed, their mean, and their sample standard deviation, None for a single one."""
+    values = list(by_seed.values())
+    return {
+        "by_seed": {str(seed): round(value, 6) for seed, value in sorted(by_seed.items())},
+        "mean": round(statistics.fmean(values), 6),
+        "sd": round(statistics.stdev(values), 6) if len(values) > 1 else None,
+    }
+
+
+def with_tables(page: str, facts: Facts) -> str:
+    """Return `page` with every marked table made from `facts`.
+
+    Raises:
+        ValueError: The page asks for a table that there is none of, or has no end for one.
+    """
+
+    def made(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in TABLES:
+            raise ValueError(f"the page asks for a table {name!r}; there are {', '.join(TABLES)}")
+        table: Callable[[Facts], str] = TABLES[name]
+        return f"<!-- table: {name} -->\n\n{table(facts)}\n\n<!-- end -->"
+
+    starts, ends = page.count("<!-- table: "), page.count("<!-- end -->")
+    if starts != ends:
+        raise ValueError(f"the page has {starts} starts of a table and {ends} ends")
+    return re.sub(r"<!-- table: (?P<name>\w+) -->.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def dumps(facts: Facts) -> str:
+    """Return JSON with an item a line, but for lists of numbers."""
+    text = json.dumps(facts, indent=1, allow_nan=False)
+    return re.sub(r"\[[-\d.,\s\[\]enul]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
+
+
+def _read(path: Path) -> Facts:
+    return json.loads(path.read_text())
+
+
+def _shared(runs: Sequence[Facts]) -> Facts:
+    for name in SHARED:
+        found = {json.dumps(run[name], sort_keys=True) for run in runs}
+        if len(found) > 1:
+            raise ValueError(f"the runs were made with {len(found)} values of {name}: {'; '.join(sorted(found))}")
+    return {name: runs[0][name] for name in SHARED}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The collected results -> Markdown tables of the evidence page, by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from settings import VARIANTS
+
+Facts = Mapping[str, Any]
+NAMES = {"original": "original", "block": "Block", "full": "Full"}
+NOT_RUN = "Not run."
+
+
+def setup(facts: Facts) -> str:
+    """What was trained, on what, where."""
+    preset, corpus = facts["preset"], facts["corpus"]
+    read = preset["steps"] * preset["batch"] * preset["context"]
+    rows = [
+        ["model", f"{preset['layers']} layers, {2 * preset['layers']} updates, width {preset['width']}"],
+        ["Block", f"{preset['blocks']} blocks"],
+        ["text", f"{corpus['text']}, bytes; SHA-256 `{corpus['sha256'][:16]}`"],
+        ["to train on", f"{corpus['train_bytes']:,} bytes of {corpus['train_files']} files"],
+        ["to validate on", f"{corpus['validation_bytes']:,} bytes of {corpus['validation_files']} other files"],
+        ["steps", f"{preset['steps']} of {preset['batch']} x {preset['context']} bytes: {read:,} bytes"],
+        ["final validation", f"{preset['final_windows']} windows of {preset['context']} bytes, the same for all"],
+        ["learning rate", f"{preset['lr']:g}, {preset['warmup']} steps of warm-up, cosine to a tenth"],
+        ["machine", f"{facts['device']}, {facts['threads']} thread, torch {facts['torch']}"],
+    ]
+    return _table(["", ""], rows)
+
+
+def lr_search(facts: Facts) -> str:
+    """The search of the learning rate, of the original alone."""
+    rows = [[f"{run['lr']:g}", str(run["steps"]), _loss(run["final_validation"])] for run in facts["lr_search"]]
+    return _table(["learning rate", "steps", "validation loss of the original"], rows)
+
+
+def losses(facts: Facts) -> str:
+    """Final validation losses of the training from the start."""
+    return _losses(facts["training"])
+
+
+def differences(facts: Facts) -> str:
+    """Differences to the original of the same seed."""
+    return _differences(facts["training"])
+
+
+def curve(facts: Facts) -> str:
+    """Validation losses on the way, means over the seeds."""
+    runs = [run for run in facts["training"]["runs"] if run["final_validation"] is not None]
+    found = {name: [run["validation"] for run in runs if run["variant"] == name] for name in VARIANTS}
+    rows: list[list[str]] = []
+    for index, (step, _) in enumerate(runs[0]["validation"]):
+        means = [_mean([points[index][1] for points in found[name]]) for name in VARIANTS]
+        rows.append([str(step), *map(_loss, means)])
+    return _table(["step", *(NAMES[name] for name in VARIANTS)], rows)
+
+
+def throughput(facts: Facts) -> str:
+    """Time of a training step."""
+    if facts["throughput"] is None:
+        return NOT_RUN
+    rows = [
+        [NAMES[name], f"{row['ms']:.0f} ms", f"{row['bytes_per_second']:,}", f"x{row['ratio']:.2f}"]
+        for name, row in facts["throughput"]["variants"].items()
+    ]
+    return _table(["", "median step", "bytes a second", "to the original"], rows)
+
+
+def retrofit_proof(facts: Facts) -> str:
+    """Validation losses right before and right after the rewrite of a trained model."""
+    if facts["retrofit"] is None:
+        return NOT_RUN
+    rows = [
+        [str(run["seed"]), NAMES[run["variant"]], f"{run['before_rewrite']:.7f}", f"{run['after_rewrite']:.7f}"]
+        for run in facts["retrofit"]["runs"]
+        if run["variant"] != "original"
+    ]
+    return _table(["seed", "rewritten as", "before the rewrite", "after it"], rows)
+
+
+def retrofit_losses(facts: Facts) -> str:
+    """Final validation losses of the retrofit."""
+    return NOT_RUN if facts["retrofit"] is None else _losses(facts["retrofit"])
+
+
+def retrofit_differences(facts: Facts) -> str:
+    """Differences of the retrofit to the twin of the same seed."""
+    return NOT_RUN if facts["retrofit"] is None else _differences(facts["retrofit"])
+
+
+def dynamics(facts: Facts) -> str:
+    """Magnitudes and gradients over depth."""
+    if facts["look"] is None:
+        return NOT_RUN
+    rows = [
+        [label, *(_number(facts["look"]["dynamics"][name][key]) for name in VARIANTS)]
+        for key, label in (
+            ("update_last_to_first", "RMS of the last update, to that of the first"),
+            ("update_max_to_min", "largest RMS of an update, to the smallest"),
+            ("sum_last_to_first", "RMS of the last sum, to that of the first"),
+            ("sum_last_to_second", "RMS of the last sum, to that of the second"),
+            ("sum_max", "largest RMS of a sum"),
+            ("gradient_variation", "gradient norms of updates, coefficient of variation"),
+            ("gradient_variation_from_second", "the same without the first update"),
+            ("gradient_first_to_last", "gradient norm of the first update, to that of the last"),
+        )
+    ]
+    return _table(["", *(NAMES[name] for name in VARIANTS)], rows)
+
+
+def maps(facts: Facts) -> str:
+    """Where the reads look."""
+    if facts["look"] is None:
+        return NOT_RUN
+    rows = [
+        [label, *(_number(facts["look"]["maps"][name][key]) for name in ("block", "full"))]
+        for key, label in (
+            ("newest_before_attention", "weight of the newest source, reads before attention"),
+            ("newest_before_mlp", "weight of the newest source, reads before an MLP"),
+            ("uniform_before_attention", "a uniform weight, reads before attention"),
+            ("uniform_before_mlp", "a uniform weight, reads before an MLP"),
+            ("embedding_before_attention", "weight of the embedding, reads before attention"),
+            ("embedding_before_mlp", "weight of the embedding, reads before an MLP"),
+            ("largest_is_newest", "share of reads whose largest weight is the newest source"),
+            ("largest_is_embedding", "share of reads whose largest weight is the embedding"),
+            ("effective_share", "effective number of sources, to their number"),
+        )
+    ]
+    return _table(["", "Block", "Full"], rows)
+
+
+def _losses(compared: Facts) -> str:
+    found = compared["final_validation"]
+    seeds = sorted({seed for row in found.values() for seed in row["by_seed"]}, key=int)
+    rows = [
+        [NAMES[name], *(_loss(row["by_seed"].get(seed)) for seed in seeds), _loss(row["mean"]), _loss(row["sd"])]
+        for name, row in found.items()
+    ]
+    return _with_left_out(_table(["", *(f"seed {seed}" for seed in seeds), "mean", "s.d."], rows), compared)
+
+
+def _differences(compared: Facts) -> str:
+    found = compared["difference_to_original"]
+    seeds = sorted({seed for row in found.values() for seed in row["by_seed"]}, key=int)
+    rows = [
+        [NAMES[name], *(_signed(row["by_seed"].get(seed)) for seed in seeds), _signed(row["mean"]), _loss(row["sd"])]
+        for name, row in found.items()
+    ]
+    header = ["less the original", *(f"seed {seed}" for seed in seeds), "mean", "s.d."]
+    return _table(header, rows)
+
+
+def _with_left_out(table: str, compared: Facts) -> str:
+    return "\n".join([table, *(f"\nLeft out: {line}." for line in compared["left_out"])])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _number(found: Facts) -> str:
+    """Spell a mean over seeds with its spread."""
+    sd = "" if found["sd"] is None else f" ± {found['sd']:.2f}"
+    return f"{found['mean']:.2f}{sd}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[Facts], str]] = {
+    table.__name__: table
+    for table in (
+        setup,
+        lr_search,
+        losses,
+        differences,
+        curve,
+        throughput,
+        retrofit_proof,
+        retrofit_losses,
+        retrofit_differences,
+        dynamics,
+        maps,
+    )
+}

@@ -1,0 +1,317 @@
+"""The evidence example on its smallest preset: text, equal starts, batches and resumption, results and the page."""
+
+import copy
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+
+import look  # noqa: E402
+import loop  # noqa: E402
+import retrofit  # noqa: E402
+import summarize  # noqa: E402
+import tables  # noqa: E402
+import throughput  # noqa: E402
+import train  # noqa: E402
+from settings import PRESETS, VARIANTS, config_of  # noqa: E402
+from text import Corpus, is_validation, load_corpus  # noqa: E402
+
+import attnres_rewrite as ar  # noqa: E402
+
+TINY = PRESETS["tiny"]
+PAGE = ROOT / "docs" / "evidence.md"
+RESULTS = ROOT / "benchmarks" / "results" / "evidence_cpu.json"
+
+
+def numbers(length):
+    """Text that has something to learn: each byte is the one before plus 1, 2 or 3."""
+    steps = torch.randint(1, 4, (length,), generator=torch.Generator().manual_seed(0))
+    return steps.cumsum(0).remainder(64).to(torch.uint8)
+
+
+CORPUS = Corpus(numbers(2000), numbers(400), python="3.x", sha256="0" * 64, files=(1, 1))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The three variants of one seed, untrained. Tests copy what they change."""
+    return {variant: train.build(variant, 3, TINY) for variant in VARIANTS}
+
+
+def run(model, folder, preset=TINY, stop_at=None):
+    model = copy.deepcopy(model)
+    plan = loop.Plan(preset.steps, preset.warmup, preset.lr, batch_seed=7)
+    record = loop.train(model, CORPUS, preset, plan, folder, stop_at=stop_at)
+    return model, record
+
+
+def test_corpus_is_split_by_file_and_named_by_a_hash(tmp_path):
+    names = [f"pkg/m{i}.py" for i in range(60)]
+    for name in [*names, "pkg/test/seen_by_nobody.py", "site-packages/other.py", "_sysconfigdata_x.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    corpus = load_corpus(tmp_path)
+
+    train_names = sorted(name for name in names if not is_validation(name))
+    assert bytes(corpus.train.tolist()).decode() == "".join(train_names)
+    held_out = sorted(set(names) - set(train_names))
+    assert bytes(corpus.validation.tolist()).decode() == "".join(held_out)
+    assert corpus.files == (len(train_names), len(held_out))
+
+    (tmp_path / "pkg/m3.py").write_bytes(b"changed")
+    assert load_corpus(tmp_path).sha256 != corpus.sha256
+
+
+def test_this_python_has_a_corpus():
+    corpus = load_corpus()
+    assert len(corpus.train) > 4 * len(corpus.validation) > 400_000
+    assert corpus.facts()["text"] == f"standard library of Python {sys.version.split()[0]}"
+
+
+def test_a_python_without_sources_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="installed without its sources"):
+        load_corpus(tmp_path)
+
+
+def test_variants_start_alike_and_differ_only_by_their_reads(models):
+    weights = models["original"].state_dict()
+    for variant in ("block", "full"):
+        states = models[variant].state_dict()
+        assert all(torch.equal(states[name], weight) for name, weight in weights.items())
+        assert {name.split(".")[-1] for name in states.keys() - weights.keys()} == {"query", "key_norm"}
+        assert [proof.output_error for proof in models[variant].report.verify.proofs]
+    streams = {variant: models[variant].report.streams[0] for variant in ("block", "full")}
+    assert len(streams["block"].blocks) == TINY.blocks
+    assert len(streams["full"].blocks) == streams["full"].num_updates == 2 * TINY.layers
+
+
+def test_optimizer_decays_matrices_only(models):
+    model = models["block"]
+    decayed, vectors, reads = loop.optimizer_for(model, 1e-3, TINY).param_groups
+    assert (decayed["weight_decay"], vectors["weight_decay"], reads["weight_decay"]) == (TINY.weight_decay, 0, 0)
+    assert {id(p) for p in reads["params"]} == {id(p) for p in ar.attnres_parameters(model)}
+    assert all(p.ndim == 2 for p in decayed["params"])
+    groups = (decayed, vectors, reads)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth():
+    plan = loop.Plan(steps=100, warmup=10, lr=2.0, batch_seed=0)
+    rates = [loop.learning_rate(step, plan) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == pytest.approx(2.0) == max(rates)
+    assert rates[54] == pytest.approx(1.1)
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+@pytest.mark.parametrize("variant", ["original", "block"])
+def test_resumed_run_equals_an_uninterrupted_one(variant, models, tmp_path):
+    whole_model, whole = run(models[variant], tmp_path / "whole")
+    assert len(whole.train_loss) == TINY.steps
+    assert whole.train_loss[-1] < whole.train_loss[0]
+
+    _, half = run(models[variant], tmp_path / "parts", stop_at=8)
+    assert len(half.train_loss) == 8
+    # a fresh process has other numbers in its generator
+    torch.manual_seed(99)
+    model, record = run(models[variant], tmp_path / "parts")
+    assert record.train_loss == whole.train_loss
+    assert record.validation == whole.validation
+    assert record.final_validation == whole.final_validation
+    states = whole_model.state_dict()
+    assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoint_of_another_run_is_refused(models, tmp_path):
+    run(models["original"], tmp_path, stop_at=4)
+    with pytest.raises(ValueError, match=r"of another run \(lr 0.004 there, 0.1 now\): give another --out"):
+        run(models["original"], tmp_path, replace(TINY, lr=0.1))
+
+
+def test_validation_loss_is_the_mean_over_the_same_windows(models):
+    model = models["original"]
+    text = CORPUS.validation
+    starts = [round(i * (len(text) - TINY.context - 1) / 4 - 0.499) for i in range(5)]
+    losses = []
+    for start in starts:
+        ids = text[start : start + TINY.context + 1].long()
+        chances = model(ids[None, :-1])[0].double().softmax(-1)
+        losses += (-chances.log()[range(TINY.context), ids[1:]]).tolist()
+    found = loop.validate(model, text, TINY, 5)
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_it(models, tmp_path, capsys):
+    preset = replace(TINY, lr=1e30, clip=1e30)
+    _, record = run(models["original"], tmp_path, preset)
+    assert record.ended
+    assert "at step" in record.ended
+    assert 1 <= len(record.train_loss) < preset.steps
+    assert record.final_validation is None
+    facts = record.facts()
+    assert facts["train_loss"][-1] is None
+    assert json.loads(json.dumps(facts, allow_nan=False))["train_loss"][0] > 0
+
+    again = run(models["original"], tmp_path, preset)[1]
+    assert again.ended == record.ended
+    train.report(train.Console(), "original", record)
+    assert "the run is kept" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The commands of the page on the tiny preset, one seed: their folder and the collected facts."""
+    out = tmp_path_factory.mktemp("evidence")
+    where = ["--preset", "tiny", "--seeds", "0", "--out", str(out)]
+    search = ["--seeds", "9", "--variants", "original", "--steps", "4", "--out", str(out / "lr" / "x")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, retrofit, look):
+            patch.setattr(module, "load_corpus", lambda: CORPUS)
+        train.main(where)
+        retrofit.main([*where, "--variants", "original", "block"])
+        train.main(["--preset", "tiny", *search])
+        look.main([*where, "--variants", "block", "--figures", str(out / "figures")])
+    summarize.main(["--preset", "tiny", "--out", str(out), "--json", str(out / "all.json")])
+    return out, json.loads((out / "all.json").read_text())
+
+
+def test_commands_of_the_page_run_end_to_end(trained):
+    out, facts = trained
+    runs = {run["variant"]: run for run in facts["training"]["runs"]}
+    assert list(runs) == list(VARIANTS)
+    for variant, one in runs.items():
+        assert one == {name: json.loads((out / f"tiny/{variant}-0/result.json").read_text())[name] for name in one}
+        assert len(one["train_loss"]) == TINY.steps
+        assert [step for step, _ in one["validation"]] == [4, 8, 12]
+        assert one["ended"] is None
+    # zero queries: before the first step all variants are one function
+    first = [one["train_loss"][0] for one in runs.values()]
+    assert max(first) - min(first) < 1e-5
+    assert facts["corpus"] == CORPUS.facts()
+    assert [search["steps"] for search in facts["lr_search"]] == [4]
+    assert facts["throughput"] is None
+    assert tables.throughput(facts) == "Not run."
+
+
+def test_bfloat16_run_follows_the_float32_run(models, tmp_path):
+    _, exact = run(models["block"], tmp_path / "float32")
+    _, rounded = run(models["block"], tmp_path / "bfloat16", replace(TINY, autocast=True))
+    assert rounded.train_loss != exact.train_loss
+    assert rounded.train_loss == pytest.approx(exact.train_loss, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_compiled_bfloat16_run_follows_the_uncompiled_one(models, tmp_path):
+    # what the preset "gpu" asks for, on what is here
+    _, plain = run(models["full"], tmp_path / "plain", replace(TINY, autocast=True))
+    _, compiled = run(models["full"], tmp_path / "compiled", replace(TINY, autocast=True, compile=True))
+    assert compiled.final_validation == pytest.approx(plain.final_validation, rel=1e-2)
+    assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-2)
+
+
+def test_throughput_times_all_variants_in_turns(models):
+    rows = throughput.measure(copy.deepcopy(models), TINY, CORPUS, rounds=2)
+    assert list(rows) == list(VARIANTS)
+    assert rows["original"]["ratio"] == 1
+    assert all(row["bytes_per_second"] == pytest.approx(1e3 * 4 * 16 / row["ms"], rel=1e-2) for row in rows.values())
+    assert tables.throughput({"throughput": {"variants": rows}}).count("\n") == 1 + len(VARIANTS)
+
+
+def test_retrofit_starts_where_the_trained_model_was(trained):
+    _, facts = trained
+    pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")
+    runs = {run["variant"]: run for run in facts["retrofit"]["runs"]}
+    assert list(runs) == ["original", "block"]
+    for one in runs.values():
+        assert one["before_rewrite"] == pytest.approx(pretrained["final_validation"], abs=1e-6)
+        assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
+        assert len(one["train_loss"]) == TINY.retrofit_steps
+    assert runs["original"]["train_loss"][0] == pytest.approx(runs["block"]["train_loss"][0], abs=1e-5)
+
+
+def test_look_gives_facts_and_figures(trained):
+    out, facts = trained
+    found = facts["look"]
+    assert found["dynamics"].keys() == {"original", "block"}
+    diagnosis = ar.Diagnosis.load(out / "tiny" / "block-0" / "diagnosis.json")
+    updates = diagnosis.streams[0].updates
+    ratio = found["dynamics"]["block"]["update_last_to_first"]
+    assert ratio["by_seed"]["0"] == pytest.approx(updates[-1].output_rms / updates[0].output_rms, abs=1e-6)
+    norms = torch.tensor([update.baseline_gradient_norm for update in updates], dtype=torch.float64)
+    expected = norms.std(correction=0) / norms.mean()
+    assert found["dynamics"]["original"]["gradient_variation"]["mean"] == pytest.approx(float(expected), abs=1e-6)
+    # 2 layers: the reads before attention are of state 2, those before an MLP of states 1 and 3
+    weights = {read.state: read.weights for read in diagnosis.streams[0].reads}
+    pattern = {name: row["mean"] for name, row in found["maps"]["block"].items()}
+    assert pattern["newest_before_attention"] == pytest.approx(weights[2][-1], abs=1e-6)
+    assert pattern["embedding_before_mlp"] == pytest.approx((weights[1][0] + weights[3][0]) / 2, abs=1e-6)
+    assert {path.suffix for path in (out / "figures" / "evidence_block").iterdir()} == {".svg"}
+
+
+def test_runs_that_do_not_compare_are_refused(trained, tmp_path):
+    out, _ = trained
+    for variant in ("original", "block"):
+        facts = json.loads((out / f"tiny/{variant}-0/result.json").read_text())
+        facts["torch"] = variant
+        train.write_json(tmp_path / f"{variant}-0" / "result.json", facts)
+    with pytest.raises(ValueError, match="2 values of torch"):
+        summarize.collect(tmp_path, tmp_path / "lr")
+    with pytest.raises(FileNotFoundError, match=r"train\.py makes them"):
+        summarize.collect(tmp_path / "none", tmp_path / "lr")
+
+
+def test_comparison_is_paired_by_seed_and_leaves_out_what_did_not_end():
+    made = {("original", 0): 2.0, ("original", 1): 3.0, ("block", 0): 1.5, ("block", 1): 2.9, ("full", 0): None}
+    runs = [
+        {"variant": variant, "seed": seed, "final_validation": loss, "ended": None if loss else "the loss is nan"}
+        for (variant, seed), loss in made.items()
+    ]
+    found = summarize.compare(runs)
+    assert found["final_validation"]["original"] == {"by_seed": {"0": 2.0, "1": 3.0}, "mean": 2.5, "sd": 0.707107}
+    assert found["difference_to_original"]["block"]["mean"] == -0.3
+    assert found["difference_to_original"]["block"]["by_seed"] == {"0": -0.5, "1": -0.1}
+    assert "full" not in found["final_validation"]
+    assert found["left_out"] == ["full, seed 0: the loss is nan"]
+    assert "Left out: full, seed 0: the loss is nan." in tables.losses({"training": found})
+
+
+def test_tables_of_the_page_equal_the_results():
+    page, facts = PAGE.read_text(), json.loads(RESULTS.read_text())
+    assert summarize.with_tables(page, facts) == page
+    assert {found[1] for found in re.finditer(r"<!-- table: (\w+) -->", page)} == set(tables.TABLES)
+    # a figure outside of the tables could not be made again
+    prose = re.sub(r"<!-- table.*?<!-- end -->", "", page, flags=re.DOTALL).replace("arXiv 2603.15031", "")
+    assert re.findall(r"\d\.\d", prose) == []
+    # and a changed result changes the page
+    facts["training"]["final_validation"]["block"]["mean"] += 0.01
+    assert summarize.with_tables(page, facts) != page
+
+
+def test_results_are_those_of_the_preset():
+    facts = json.loads(RESULTS.read_text())
+    assert facts["preset"] == PRESETS["cpu"].facts()
+    for name in ("training", "retrofit"):
+        again = summarize.compare(facts[name]["runs"])
+        assert again == facts[name]
+
+
+def test_page_with_a_wrong_mark_is_refused():
+    with pytest.raises(ValueError, match="asks for a table 'lossy'"):
+        summarize.with_tables("<!-- table: lossy -->\n<!-- end -->", {})
+    with pytest.raises(ValueError, match="1 starts of a table and 0 ends"):
+        summarize.with_tables("<!-- table: losses -->", {})
+
+
+def test_presets_are_deep():
+    assert PRESETS["cpu"].layers >= 12
+    assert PRESETS["gpu"].layers >= 16
+    assert config_of("original", TINY) is None
+    assert config_of("full", TINY).num_blocks == "full"
