@@ -40,7 +40,7 @@ def train() -> None:
     for step in range(STEPS):
         losses: list[Tensor] = []
         optimizer.zero_grad()
-        pipeline.schedule.step(*((ids,) if dist.get_rank() == 0 else ()), target=ids, losses=losses)
+        pipeline.step(*((ids,) if dist.get_rank() == 0 else ()), target=ids, losses=losses)
         pipeline.reduce_tied_gradients()
         optimizer.step()
         loss = sum(entry.item() for entry in losses) / MICROBATCHES

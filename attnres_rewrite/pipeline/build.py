@@ -96,14 +96,27 @@ class Pipeline:
         """Return the parameters of this rank's stages, for its optimizer."""
         return [parameter for stage in self.stages for parameter in stage.submod.parameters()]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the parameters of this rank's stages under the names they have in the model."""
+        return [(_model_name(name), value) for stage in self.stages for name, value in stage.submod.named_parameters()]
+
+    def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
         """Return the parameters and buffers of this rank's stages, under the names they have in the model.
 
-        The dicts of all ranks together are a state dict of the rewritten model.
+        The dicts of all ranks together are a state dict of the rewritten model. The tensors are the stages' own, so
+        torch.distributed.checkpoint saves them and loads into them.
+
+        Args:
+            optimizer: Of these parameters: its state is in the dict as well, as "optimizer.NAME.KEY". Before its first
+                step that state is made, so that a checkpoint can be loaded into it.
         """
         found: dict[str, Tensor] = {}
         for stage in self.stages:
             found |= {_model_name(name): value for name, value in stage.submod.state_dict().items()}
+        if optimizer is not None:
+            _make_state(optimizer)
+            for name, parameter in self.named_parameters():
+                found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -133,6 +146,21 @@ class Pipeline:
                     dist.all_reduce(total, group=tied.group)
             for gradient in gradients:
                 gradient.copy_(total)
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that an optimizer makes in its first step, by one that changes nothing."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _local(gradient: Any) -> Tensor:
