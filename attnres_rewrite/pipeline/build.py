@@ -18,7 +18,7 @@ from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.plan import PipelinePlan
 from attnres_rewrite.pipeline.planner import plan_routes
 from attnres_rewrite.pipeline.schedules import ScheduleFacts, facts_of, placement_for
-from attnres_rewrite.pipeline.split_backward import anchor_parameters
+from attnres_rewrite.pipeline.split_backward import join_parameters
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule, by_position
 
 Loss = Callable[[Any, Any], Tensor]
@@ -205,7 +205,7 @@ def build_pipeline(
         is_first, is_last = number == 0, number == len(plan.stages) - 1
         _move_constants(graph.module, torch.device(device))
         if facts.splits_backward and not is_first:
-            anchor_parameters(graph.module, len(graph.inputs))
+            join_parameters(graph.module, len(graph.inputs))
         module: nn.Module = StageModule(
             graph, plan.routes[number], is_first=is_first, is_last=is_last, splits_backward=facts.splits_backward
         ).to(device)

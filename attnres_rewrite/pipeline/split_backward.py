@@ -1,13 +1,13 @@
-"""Anchor the parameters whose gradients torch's split backward would get wrong.
+"""Give a joint of their own to the parameters whose gradients torch's split backward would get wrong.
 
-    linear(x, w), linear(y, w + 1)     ->     w' = anchored(w, x); linear(x, w'), linear(y, w' + 1)
+    linear(x, w), linear(y, w + 1)     ->     w' = joined(w, x); linear(x, w'), linear(y, w' + 1)
 
 A split backward works out the gradients of the inputs first. For each parameter, torch finds where its effect joins
 what depends on the inputs, keeps the gradients there, and goes on from them later. An effect that reaches an output
 without joining is lost, and parameters whose joints overlap without being the same may be counted twice. Both happen:
 the decoder's embedding in a later stage; a shared weight beside biases that are not; the queries of one phase 1.
 
-An anchored parameter joins at once, in one place of its own. Its gradient is complete with those of the inputs; all
+A parameter that passes `joined` joins at once, in one place of its own. Its gradient is complete with those of the inputs; all
 others wait as the schedule has it.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from attnres_rewrite.fxgraph import is_floating, op_name, tensor_of
 
 
-class _Anchor(torch.autograd.Function):
+class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, value: Tensor) -> Tensor:
         return parameter.view_as(parameter)
@@ -29,13 +29,13 @@ class _Anchor(torch.autograd.Function):
         return gradients[0], None
 
 
-def anchored(parameter: Tensor, value: Tensor) -> Tensor:
+def joined(parameter: Tensor, value: Tensor) -> Tensor:
     """Return the parameter; to autograd it depends on `value`, with a gradient of nothing."""
-    return _Anchor.apply(parameter, value)  # type: ignore[no-any-return]
+    return _Joint.apply(parameter, value)  # type: ignore[no-any-return]
 
 
-def anchor_parameters(module: fx.GraphModule, num_inputs: int) -> tuple[str, ...]:
-    """Anchor what has to be, in place; return the names.
+def join_parameters(module: fx.GraphModule, num_inputs: int) -> tuple[str, ...]:
+    """Give joints to those that need one, in place; return their names.
 
     Args:
         module: A stage that receives something.
@@ -46,7 +46,7 @@ def anchor_parameters(module: fx.GraphModule, num_inputs: int) -> tuple[str, ...
     for node in module.graph.find_nodes(op="get_attr"):
         if str(node.target) in names:
             with module.graph.inserting_after(node):
-                new = module.graph.call_function(anchored, (node, received[0]))
+                new = module.graph.call_function(joined, (node, received[0]))
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new, delete_user_cb=lambda user, kept=new: user is not kept)
     module.recompile()

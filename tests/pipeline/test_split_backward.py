@@ -1,10 +1,10 @@
-"""Which parameters are anchored; that the gradients are right then is in test_stage.py and test_build.py."""
+"""Which parameters are joined; that the gradients are right then is in test_stage.py and test_build.py."""
 
 import pytest
 import torch
 from torch import fx, nn
 
-from attnres_rewrite.pipeline.split_backward import anchor_parameters
+from attnres_rewrite.pipeline.split_backward import join_parameters
 
 
 class Stage(nn.Module):
@@ -13,7 +13,7 @@ class Stage(nn.Module):
         self.shared, self.one, self.two, self.table = (nn.Parameter(torch.randn(4)) for _ in range(4))
 
 
-def anchored_by(forward) -> tuple[tuple[str, ...], fx.GraphModule]:
+def joined_by(forward) -> tuple[tuple[str, ...], fx.GraphModule]:
     class Made(Stage):
         pass
 
@@ -21,7 +21,7 @@ def anchored_by(forward) -> tuple[tuple[str, ...], fx.GraphModule]:
     module = fx.symbolic_trace(Made())
     for node in module.graph.find_nodes(op="placeholder"):
         node.meta["val"] = torch.randn(4)
-    return anchor_parameters(module, 1), module
+    return join_parameters(module, 1), module
 
 
 CASES = {
@@ -38,13 +38,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_with_joints_of_their_own_are_left_alone(case):
     forward, wanted = CASES[case]
-    names, module = anchored_by(forward)
+    names, module = joined_by(forward)
     assert names == wanted
     x = torch.randn(4, requires_grad=True)
     module(torch.zeros(4), x)
 
 
-def test_frozen_parameters_need_no_anchor():
+def test_frozen_parameters_need_no_joint():
     def forward(self, ids, x):
         return x * self.one, self.table + ids
 
@@ -57,12 +57,12 @@ def test_frozen_parameters_need_no_anchor():
     module = fx.symbolic_trace(stage)
     for node in module.graph.find_nodes(op="placeholder"):
         node.meta["val"] = torch.randn(4)
-    assert anchor_parameters(module, 1) == ()
+    assert join_parameters(module, 1) == ()
 
 
-def test_an_anchor_changes_no_value_and_no_gradient():
+def test_a_joint_changes_no_value_and_no_gradient():
     forward, _ = CASES["sent as it is"]
-    _, module = anchored_by(forward)
+    _, module = joined_by(forward)
     x = torch.randn(4, requires_grad=True)
     first, second = module(torch.ones(4), x)
     torch.testing.assert_close(second, module.table + 1)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import attnres_rewrite as ar
 from attnres_rewrite.pipeline.build import value_examples, with_all_gradients
 from attnres_rewrite.pipeline.planner import MODES
-from attnres_rewrite.pipeline.split_backward import anchor_parameters
+from attnres_rewrite.pipeline.split_backward import join_parameters
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule
 from tests.networks import VOCAB, WIDTH, Gpt
 
@@ -38,7 +38,7 @@ def stages_of(plan: ar.PipelinePlan, num_microbatches: int, split: bool) -> list
     for number, (graph, routes) in enumerate(zip(plan.stages, plan.routes, strict=True)):
         is_first, is_last = number == 0, number == count - 1
         if split and not is_first:
-            anchor_parameters(graph.module, len(graph.inputs))
+            join_parameters(graph.module, len(graph.inputs))
         stage = BlockCacheStage(
             StageModule(graph, routes, is_first=is_first, is_last=is_last, splits_backward=split),
             routes,
