@@ -7,8 +7,8 @@ what depends on the inputs, keeps the gradients there, and goes on from them lat
 without joining is lost, and parameters whose joints overlap without being the same may be counted twice. Both happen:
 the decoder's embedding in a later stage; a shared weight beside biases that are not; the queries of one phase 1.
 
-A parameter that passes `joined` joins at once, in one place of its own. Its gradient is complete with those of the inputs; all
-others wait as the schedule has it.
+A parameter that passes `joined` joins at once, in one place of its own. Its gradient is complete with those of the
+inputs; all others wait as the schedule has it.
 """
 
 from typing import Any
