@@ -25,6 +25,7 @@ from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.kernels.read.op import block_attn_res, read_with_weights
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res, variant_read_with_weights
 from attnres_rewrite.module import Program
 from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.records import BlockPlan, Update
@@ -69,11 +70,13 @@ def tap_rewrite(program: Program, config: AttnResConfig, values: Mapping[str, An
     """Tap the rewritten graph of one mode; `values` has what its get_attr nodes read, by target."""
     graph, plans, taps = _with_taps(program)
     insert_reads(graph, plans, config)
-    wanted = _updates_and_roots(plans, taps, sums=[[_summed(tap) for tap in of] for of in taps])
+    wanted = _updates_and_roots(plans, taps, sums=[[_summed(tap, config) for tap in of] for of in taps])
     states = {read.name: (index, read.state) for index, plan in enumerate(plans) for read in plan.reads}
+    gated = {node.meta["gate_of"]: node for node in graph.nodes if "gate_of" in node.meta}
     for name, mix, weights in weigh_reads(graph):
         index, state = states[name]
-        wanted |= {Figure("mix", index, state): mix, Figure("weights", index, state): weights}
+        # what a gated read gives its readers is the running sum with its mix added
+        wanted |= {Figure("mix", index, state): gated.get(name, mix), Figure("weights", index, state): weights}
     return _tapped(graph, wanted, values)
 
 
@@ -116,10 +119,11 @@ def _put_tap(graph: fx.Graph, update: Update, anchors: fx.Node, index: int) -> f
     return tapped
 
 
-def _summed(tap: fx.Node) -> fx.Node:
-    """Return the partial sum that an update went into."""
-    (node,) = tap.users
-    return node
+def _summed(tap: fx.Node, config: AttnResConfig) -> fx.Node:
+    """Return the partial sum that an update went into; behind it, with gates, the running sum is made."""
+    partial, *running = tap.users
+    assert len(running) == config.gate
+    return partial
 
 
 def _updates_and_roots(
@@ -133,12 +137,22 @@ def _updates_and_roots(
     return wanted
 
 
+_WITH_WEIGHTS: dict[Any, Any] = {
+    block_attn_res: read_with_weights,
+    variant_attn_res: variant_read_with_weights,
+}
+
+
 def weigh_reads(graph: fx.Graph) -> list[tuple[str, fx.Node, fx.Node]]:
-    """Make every direct read give its weights, too; return for each its name, mix [..., D] and weights [..., S]."""
+    """Make every direct read give its weights, too.
+
+    Returns:
+        For each read its name, its mix [..., D] and its weights [..., S], or [..., H, S] with several heads.
+    """
     found: list[tuple[str, fx.Node, fx.Node]] = []
-    for read in graph.find_nodes(op="call_function", target=block_attn_res):
+    for read in [node for node in graph.nodes if node.target in _WITH_WEIGHTS]:
         with graph.inserting_before(read):
-            both = graph.call_function(read_with_weights, read.args, read.kwargs)
+            both = graph.call_function(_WITH_WEIGHTS[read.target], read.args, read.kwargs)
             mix, weights = (graph.call_function(operator.getitem, (both, part)) for part in range(2))
         mix.meta = dict(read.meta)
         read.replace_all_uses_with(mix)

@@ -88,11 +88,14 @@ class Rewritten(Original, DepthInterpreter):
     def weigh(self, sources, read, axis) -> Tensor:
         gain = self.state.parameters.get(f"{read.name}.key_norm", torch.ones(()))
         query = self.state.parameters[read.query_name]
-        logits = []
+        config, logits = self.config, []
         for source in sources:
             token = source.detach().movedim(axis, -1)
-            key = token / torch.sqrt(token.square().mean(-1, keepdim=True) + self.config.eps) * gain
-            logits.append((key * query).sum(-1))
+            token = token if config.key_rank is None else token[..., token.shape[-1] - config.key_rank :]
+            key = token / torch.sqrt(token.square().mean(-1, keepdim=True) + config.eps) * gain
+            heads = (key * query).unflatten(-1, (config.num_heads, -1)).sum(-1)
+            logits.append(heads.squeeze(-1) if config.num_heads == 1 else heads)
+        logits[-1] = logits[-1] + config.recency_bias
         return torch.stack(logits, -1).softmax(-1)
 
 
@@ -245,6 +248,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "parallel": (lambda: gpt_of(parallel, 2), {"num_blocks": 2}),
     "scaled": (lambda: gpt_of(scaled, 2), {"num_blocks": 3}),
     "injected": (_positions, {"num_blocks": 3}),
+    "heads": (_own_gpt, {"num_blocks": 3, "num_heads": 4}),
+    "key rank": (_own_gpt, {"num_blocks": 3, "key_rank": 5}),
+    "bias": (_own_gpt, {"num_blocks": 3, "recency_bias": 0.7}),
+    "gate": (_own_gpt, {"num_blocks": 3, "gate": True}),
 }
 
 

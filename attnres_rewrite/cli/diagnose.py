@@ -68,6 +68,10 @@ def diagnose(
     block_layers: shared.BlockLayers = None,
     output: shared.Output = "sum",
     no_key_norm: shared.NoKeyNorm = False,
+    heads: shared.Heads = 1,
+    key_rank: shared.KeyRank = None,
+    gate: shared.Gate = False,
+    recency_bias: shared.RecencyBias = 0.0,
     batch: shared.Batch = None,
     seq: shared.Seq = None,
     no_plots: NoPlots = False,
@@ -83,7 +87,8 @@ def diagnose(
     """
     from attnres_rewrite import plots
 
-    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     target = path or Path(f"{load.name_of(model)}.diagnosis")
     _check_folder(target, force)
     if not no_plots:

@@ -35,6 +35,10 @@ def report(
     output: shared.Output = "sum",
     schedule: shared.Schedule = "auto",
     no_key_norm: shared.NoKeyNorm = False,
+    heads: shared.Heads = 1,
+    key_rank: shared.KeyRank = None,
+    gate: shared.Gate = False,
+    recency_bias: shared.RecencyBias = 0.0,
     meta: shared.Meta = False,
     batch: shared.Batch = None,
     seq: shared.Seq = None,
@@ -50,7 +54,8 @@ def report(
 
     Exit status: 0 written, 1 refused with a reason or not proven, 2 wrong arguments.
     """
-    config = shared._config(blocks, block_size, block_layers, output, schedule, no_key_norm)
+    variant = heads, key_rank, gate, recency_bias
+    config = shared._config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     target = path or Path(f"{load.name_of(model)}.html")
     _check_file(target, force)
     learnt = None if diagnosis is None else _load_diagnosis(diagnosis)

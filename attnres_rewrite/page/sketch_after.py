@@ -12,6 +12,7 @@ from attnres_rewrite.fxgraph import op_name
 from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
 from attnres_rewrite.kernels.read.op import block_attn_res
+from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import Program
 from attnres_rewrite.page.choose_layer import Layer, reads_of
 from attnres_rewrite.page.sketch import Box, Operand, Sketch, Special, between, is_total, origin, sketch
@@ -62,7 +63,7 @@ def _reads_to_draw(graph: fx.Graph, plan: BlockPlan, layer: Layer, root: fx.Node
 
 def _find(mix: fx.Node, read: ReadPlan, plan: BlockPlan, root: fx.Node) -> _Read:
     phase, partial, update = None, None, None
-    if mix.target is block_attn_res:
+    if mix.target in (block_attn_res, variant_attn_res):
         sources = _nodes(mix.args[0])
         # the last state of a block has it finished, so its read mixes no partial sum
         if all(block.stop - 1 != read.state for block in plan.blocks):
@@ -143,7 +144,7 @@ def _read_box(read: _Read) -> Special:
 
 
 def _how(read: _Read) -> str:
-    if read.mix.target is block_attn_res:
+    if read.mix.target in (block_attn_res, variant_attn_res):
         return f"softmax over {_many(read.plan.num_sources, 'source')}"
     if read.mix.target is merge:
         return "merges phase 1 and the partial sum"
