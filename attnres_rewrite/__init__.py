@@ -1,5 +1,6 @@
 """Rewrite the residual stream of any pre-norm transformer into Block Attention Residuals, and prove it."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from attnres_rewrite.api import inspect, rewrite, verify
@@ -41,8 +42,9 @@ from attnres_rewrite.report import RewriteReport, VerifyReport
 from attnres_rewrite.version import __version__
 
 if TYPE_CHECKING:
-    from attnres_rewrite.pipeline.build import Pipeline, build_pipeline
+    from attnres_rewrite.pipeline.build import build_pipeline
     from attnres_rewrite.pipeline.picture import draw_pipeline
+    from attnres_rewrite.pipeline.pipeline import Pipeline
 
 __all__ = [
     "__version__",
@@ -96,14 +98,11 @@ __all__ = [
 ]
 
 
+_OF_PIPELINES = {"Pipeline": "pipeline", "build_pipeline": "build", "draw_pipeline": "picture"}
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs torch.distributed.pipelining when it is asked for: not every build of torch has it."""
-    if name in ("Pipeline", "build_pipeline"):
-        from attnres_rewrite.pipeline import build
-
-        return getattr(build, name)
-    if name == "draw_pipeline":
-        from attnres_rewrite.pipeline.picture import draw_pipeline
-
-        return draw_pipeline
+    if name in _OF_PIPELINES:
+        return getattr(import_module(f"attnres_rewrite.pipeline.{_OF_PIPELINES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,8 @@ def ending_together() -> Generator[None]:
     try:
         yield
     except Exception as error:
+        if dist.get_world_size() == 1:
+            raise
         own = f"rank {dist.get_rank()}: {_text_of(error)}"
         first = _publish(own)
         if first == own and not _is_lost_connection(error):
