@@ -4,7 +4,8 @@
 
 Dynamo makes the queries and gains inputs of the graph, with guards, as it does with any parameter in use. The backend
 takes the mark out again and puts reads in. In every other place, an uncompiled call or another backend, `mark` raises
-as it runs; and it does run, because each tensor the model is given comes out of `marked`, which needs its token.
+as it runs; and it does run: it has a side effect, and each tensor that is an argument comes out of `marked`, which
+needs its token.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import has_side_effect
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
 from attnres_rewrite.errors import NotCompiledError, explain
@@ -70,7 +72,7 @@ def _stream_from(facts: dict[str, Any]) -> AttachedStream:
 def mark_inputs(
     parameters: Sequence[nn.Parameter], facts: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the inputs of a call, every tensor among them marked; runs under Dynamo.
+    """Return the inputs of a call, every argument that is a tensor marked; runs under Dynamo.
 
     Raises:
         NotCompiledError: Nothing traces this call.
@@ -103,6 +105,10 @@ def _mark(parameters: list[Tensor], facts: str) -> Tensor:
 def _(parameters: list[Tensor], facts: str) -> Tensor:
     # of integers, so that autograd leaves it alone
     return parameters[0].new_empty((), dtype=torch.int64)
+
+
+# else a compiler drops it where nothing needs its token: all tensors are in a dict, or there are none
+has_side_effect(torch.ops.attnres.mark.default)
 
 
 @torch.library.custom_op("attnres::marked", mutates_args=())
