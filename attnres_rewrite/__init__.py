@@ -24,6 +24,7 @@ from attnres_rewrite.errors import (
     ProofError,
     RewriteError,
     StreamMismatchError,
+    StreamRegionError,
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
@@ -60,6 +61,7 @@ __all__ = [
     "RewriteReport",
     "RewrittenModule",
     "StreamMismatchError",
+    "StreamRegionError",
     "UnpreservedReadError",
     "VerifyReport",
     "attach",

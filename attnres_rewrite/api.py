@@ -23,6 +23,7 @@ from attnres_rewrite.kernels.routes import why_no_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
+from attnres_rewrite.passes.grad_modes import refuse_mixed_grad_modes
 from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.passes.plan_blocks import plan_blocks
@@ -166,6 +167,7 @@ def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
     """Run the passes up to the plan; additions are spelled anew, nothing else changes."""
     normalize_adds(program)
     search = find_stream(program)
+    refuse_mixed_grad_modes(program.graph, search.streams)
     return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 
