@@ -84,7 +84,7 @@ def attach(
     planned = plan_program(captured.programs[captured.training], config)
     report = report_plans(model, config, captured, planned)
     add_parameters(model, planned.plans, config)
-    attachment = Attachment(config, tuple(_attached_stream(plan) for plan in planned.plans))
+    attachment = Attachment(config, tuple(_attached_stream(model, plan) for plan in planned.plans))
     _become(model, attachment)
     try:
         _take_up_checkpoint(model, config)
@@ -207,8 +207,10 @@ def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     )
 
 
-def _attached_stream(plan: BlockPlan) -> AttachedStream:
-    reads = tuple(AttachedRead(read.state, read.name) for read in plan.reads)
+def _attached_stream(model: nn.Module, plan: BlockPlan) -> AttachedStream:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {module: [name for name, other in modules.items() if other is module] for module in modules.values()}
+    reads = tuple(AttachedRead(read.state, read.name, tuple(names[modules[read.owner]])) for read in plan.reads)
     return AttachedStream(plan.stream.name, plan.stream.width, len(plan.stream.updates), reads)
 
 

@@ -23,10 +23,15 @@ from attnres_rewrite.errors import NotCompiledError, explain
 
 @dataclass(frozen=True, slots=True)
 class AttachedRead:
-    """One read of an attached stream; `name` is the FQN of its parameters' module, seen from the attached model."""
+    """One read of an attached stream.
+
+    `name` is the FQN of its parameters' module, seen from the attached model; `owners` are those of the module that
+    reads, which goes by several where it is shared.
+    """
 
     state: int
     name: str
+    owners: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Attachment:
 
 
 def _stream_from(facts: dict[str, Any]) -> AttachedStream:
-    reads = tuple(AttachedRead(**read) for read in facts["reads"])
+    reads = tuple(AttachedRead(read["state"], read["name"], tuple(read["owners"])) for read in facts["reads"])
     return AttachedStream(facts["name"], facts["width"], facts["num_updates"], reads)
 
 

@@ -5,7 +5,8 @@ from torch import nn
 import attnres_rewrite as ar
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 
-STREAM = AttachedStream("stream", 16, 4, (AttachedRead(1, "layers.0.attn_res.0"), AttachedRead(4, "attn_res.0")))
+READS = (AttachedRead(1, "layers.0.attn_res.0", ("layers.0", "first")), AttachedRead(4, "attn_res.0", ("",)))
+STREAM = AttachedStream("stream", 16, 4, READS)
 
 
 @pytest.mark.parametrize(

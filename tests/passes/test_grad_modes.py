@@ -1,4 +1,4 @@
-"""Gradients that the forward turns off for a part of the stream: refused by the backend, and by rewrite() of a graph."""
+"""Gradients that the forward turns off for a part of the stream: refused by the backend, and in a traced graph."""
 
 import inspect
 
