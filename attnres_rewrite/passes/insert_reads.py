@@ -41,10 +41,7 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
     Raises:
         AlreadyRewrittenError: The owner has something named attn_res already.
     """
-    taken = {f"{read.owner}.attn_res".lstrip(".") for plan in plans for read in plan.reads}
-    names = [name for name, _ in root.named_modules()] + [name for name, _ in root.named_parameters()]
-    if clash := taken & set(names):
-        raise AlreadyRewrittenError(f"the model has something named {clash.pop()} already; is it rewritten?")
+    refuse_taken_names(root, plans)
     for plan in plans:
         dtype = config.param_dtype or torch.promote_types(plan.stream.dtype, torch.float32)
         root_value = tensor_of(plan.stream.root)
@@ -55,6 +52,15 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
             holder.query = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
             if config.key_norm:
                 holder.key_norm = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+
+
+def refuse_taken_names(root: nn.Module, plans: Sequence[BlockPlan]) -> None:
+    """Raise AlreadyRewrittenError when a module that reads has something named attn_res, of whatever kind."""
+    modules = dict(root.named_modules())
+    for owner in {read.owner for plan in plans for read in plan.reads}:
+        if owner in modules and hasattr(modules[owner], "attn_res"):
+            name = f"{owner}.attn_res".lstrip(".")
+            raise AlreadyRewrittenError(f"the model has something named {name} already; is it rewritten?")
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:
