@@ -269,14 +269,16 @@ def _become(model: nn.Module, attachment: Attachment) -> None:
 def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose forward leaves the mark; it goes by the same name."""
 
-    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._attnres_facts is not None and not self._attnres_original:
             args, kwargs = _marked(self, args, kwargs)
         return base.forward(self, *args, **kwargs)
 
+    # torch counts recompilations by code object, and this one would be that of every class
+    forward.__code__ = forward.__code__.replace(co_name=f"attached_{base.__name__}")
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (Attached, base), described | {"forward": forward, "_attnres_base": base})
+    own = {"forward": functools.wraps(base.forward)(forward), "_attnres_base": base}
+    return type(base.__name__, (Attached, base), described | own)
 
 
 def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

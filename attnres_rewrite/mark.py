@@ -99,7 +99,7 @@ def _mark(parameters: list[Tensor], facts: str) -> Tensor:
             "an attached model runs, and not through the backend that puts its reads in",
             None,
             "It would compute the network as it was before attach(). Nothing compiled this call, another backend did, "
-            "or torch.compile gave up after too many recompilations.",
+            "or torch.compile gave up after torch._dynamo.config.recompile_limit recompilations: then raise it.",
             'Compile it first, model.compile(backend="attnres"), or call it inside `with attnres_rewrite.original'
             "(model):` to run the network without its reads on purpose.",
         )
