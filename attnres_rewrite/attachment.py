@@ -23,12 +23,13 @@ from torch import nn
 
 from attnres_rewrite.api import plan_program, report_plans
 from attnres_rewrite.capture import capture, refuse_rewritten
-from attnres_rewrite.config import AttnResConfig, config_from, describe_config
+from attnres_rewrite.config import AttnResConfig, check_config, config_from, describe_config
 from attnres_rewrite.errors import ArtifactError, NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
+from attnres_rewrite.inputs import check_inputs_given
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters, refuse_taken_names
-from attnres_rewrite.read_parameters import holds_attnres_parameters, load_attnres_parameters
+from attnres_rewrite.read_parameters import attnres_parameters, holds_attnres_parameters, load_attnres_parameters
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -73,13 +74,16 @@ def attach(
         What was found and planned. The parameters have the names that `rewrite` gives them.
 
     Raises:
-        AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten.
+        AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten, or has something named attn_res.
         ArtifactError: The folder the model came from has queries of other reads, or nothing says of which blocks.
         RewriteError: A refusal, as of `rewrite`.
         ValueError: No example inputs, or `config` contradicts the model's own config.
-        TypeError: `model` is not a module that can be changed.
+        TypeError: `model` is not a module that can be changed, or an argument is of another kind.
     """
     _check_model(model)
+    check_inputs_given(args, kwargs)
+    if config is not None:
+        check_config(config)
     refuse_rewritten(model)
     folder = _folder_with_queries(model)
     config = _config_for(model, config, folder)
@@ -202,7 +206,16 @@ def _config_for(model: Any, config: AttnResConfig | None, folder: Path | None) -
         ValueError: Both are there, and differ.
     """
     carried = getattr(model.config, _CONFIG_KEY, None) if is_huggingface(model) else None
-    own = None if carried is None else config_from(carried)
+    try:
+        own = None if carried is None else config_from(carried)
+    except TypeError as error:
+        raise ArtifactError(
+            explain(
+                f"attn_res in the config of this {type(model).__name__} is of another release",
+                None,
+                f"{error}. It holds {carried}.",
+            )
+        ) from error
     if own is not None and config is not None and own != config:
         raise ValueError(f"config={config} contradicts the one this model was saved with, {own}; leave config out")
     if own is None and config is None and folder is not None:
@@ -285,9 +298,15 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if torch.compiler.is_exporting():
         raise NotCompiledError(
             "an attached model is not exported: its forward is still the original's\n"
-            "  rewrite(model) gives a module that can be"
+            "  keep its state_dict(), detach() it, rewrite() it, load the state dict into the result, and export that; "
+            "see Serving in docs/ways.md"
         )
     parameters = [_parameter(model, name) for name in model._attnres_names]
+    if any(isinstance(parameter, torch.fx.Proxy) for parameter in parameters):
+        raise NotCompiledError(
+            "torch.fx.symbolic_trace of an attached model would give the original's graph\n"
+            "  detach() it first; rewrite() takes the graph, and gives one with reads"
+        )
     if any(hasattr(parameter, "placements") for parameter in parameters):
         raise NotCompiledError(
             "the parameters of an attached model are sharded (DTensor), which the backend cannot put into one graph\n"
@@ -296,11 +315,15 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return mark_inputs(parameters, model._attnres_facts, args, kwargs)
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+def _parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a query or gain; torch.func.functional_call puts plain tensors in their places."""
+    module, _, kind = name.rpartition(".")
     try:
-        return model.get_parameter(name)
+        return getattr(model.get_submodule(module), kind)
     except AttributeError as error:
-        raise NotAttachedError(f"the model lost {name}; detach() and attach() make it anew") from error
+        raise NotAttachedError(
+            f"the model lost {name}; detach() and attach() make it anew, with zero queries"
+        ) from error
 
 
 def _rebuilt(base: type[nn.Module]) -> nn.Module:
@@ -316,8 +339,15 @@ def _attached_parts(model: nn.Module) -> Iterator[Any]:
 
 
 def _not_attached(model: nn.Module) -> NotAttachedError:
+    try:
+        attnres_parameters(model)
+    except NotAttachedError as error:
+        return error
     return NotAttachedError(
-        explain(f"{type(model).__name__} has no reads", remedy="Add them: attnres_rewrite.attach(model, config)")
+        explain(
+            f"{type(model).__name__} has reads, and attach() did not add them",
+            remedy="What rewrite() returns has no other form; the model it was given is as it was.",
+        )
     )
 
 

@@ -117,7 +117,27 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
 def _take_out(graph: fx.Graph, mark: fx.Node, attachment: Attachment) -> dict[str, str]:
     """Erase the mark; return which placeholder holds which query or gain, by their names."""
     parameters: Sequence[fx.Node] = mark.args[0]  # type: ignore[assignment]
-    names = {node.name: name for node, name in zip(parameters, attachment.parameter_names, strict=True)}
+    names: dict[str, str] = {}
+    for node, name in zip(parameters, attachment.parameter_names, strict=True):
+        if node.op != "placeholder":
+            raise StreamMismatchError(
+                explain(
+                    f"{name} is computed in this call, not stored",
+                    None,
+                    "A parametrization of it does that, for one. Queries and gains are read as they are.",
+                    "Undo it: torch.nn.utils.parametrize.remove_parametrizations(module, name).",
+                )
+            )
+        if node.name in names:
+            raise StreamMismatchError(
+                explain(
+                    f"{names[node.name]} and {name} are one tensor",
+                    None,
+                    "Each read has a query and a gain of its own.",
+                    "Undo the tie, or detach() and attach() anew.",
+                )
+            )
+        names[node.name] = name
     for marked in list(mark.users):
         marked.replace_all_uses_with(marked.args[0])  # type: ignore[arg-type]
         graph.erase_node(marked)
@@ -138,7 +158,8 @@ def _matched(
                 "the compiled call has another stream than attach() found",
                 None,
                 seen,
-                "Attach with example inputs of this kind: attach(model, config, args, kwargs).",
+                "Attach with example inputs of this kind, attach(model, config, args, kwargs); and where other modules "
+                'are compiled with the attached one, compile it alone, model.compile(backend="attnres").',
             )
         )
     return [_with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]
@@ -191,14 +212,29 @@ def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
         return None
     frames = [frame for frame in reason.user_stack if frame.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    text = _first_paragraph(str(reason.reason))
+    remedies = [remedy for word, remedy in _REMEDIES if word in f"{where} {text}"]
     return GraphBreakError(
         explain(
             "a graph break cuts the stream",
             where,
-            f"{_first_paragraph(str(reason.reason))}\n  {seen}",
-            "TORCH_LOGS=graph_breaks in the environment makes torch list every break.",
+            f"{text}\n  {seen}",
+            "\n  ".join([*remedies, "TORCH_LOGS=graph_breaks in the environment makes torch list every break."]),
         )
     )
+
+
+_REMEDIES = (
+    (
+        "logging.Logger",
+        "transformers logs where a model keeps a cache under gradient checkpointing: model.config.use_cache = False.",
+    ),
+    (
+        "output_capturing.py",
+        "transformers collects output_hidden_states and output_attentions in a way that Dynamo cannot trace: leave "
+        "them out, or call what rewrite() returns.",
+    ),
+)
 
 
 def _first_paragraph(text: str) -> str:

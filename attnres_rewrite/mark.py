@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
@@ -75,7 +75,7 @@ def _stream_from(facts: dict[str, Any]) -> AttachedStream:
 
 
 def mark_inputs(
-    parameters: Sequence[nn.Parameter], facts: str, args: Sequence[Any], kwargs: dict[str, Any]
+    parameters: Sequence[Tensor], facts: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the inputs of a call, every argument that is a tensor marked; runs under Dynamo.
 

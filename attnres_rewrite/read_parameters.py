@@ -82,7 +82,10 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]
-_OF_READ = re.compile(r"(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm))")
+# and torch.compile and DistributedDataParallel wrap the model
+_OF_READ = re.compile(
+    r"((_orig_mod|module)\.)*(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm))"
+)
 
 
 def _plain_name(name: str) -> str | None:

@@ -110,6 +110,12 @@ class TestHuggingFace:
         ar.attach(model, CONFIG)
         assert all(parameter.eq(1.0).all() for parameter in ar.attnres_parameters(model))
 
+    def test_a_config_of_a_later_release(self, transformers, saved):
+        model = transformers.LlamaForCausalLM.from_pretrained(saved)
+        model.config.attn_res = model.config.attn_res | {"heads": 4}
+        with pytest.raises(ar.ArtifactError, match=r"another release\n.*'heads'"):
+            ar.attach(model)
+
     def test_a_broken_file_in_the_folder(self, transformers, saved):
         model = transformers.LlamaForCausalLM.from_pretrained(saved)
         names = model.state_dict().keys()
