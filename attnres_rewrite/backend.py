@@ -197,8 +197,12 @@ def _with_names(plan: BlockPlan, stream: AttachedStream, model_path: str) -> Blo
 
 
 def _inside(path: str, model_path: str) -> str:
-    """Return a module's path, seen from the attached model, without the wrappers that torch puts around modules."""
-    inner = path.removeprefix(model_path).split(".")
+    """Return a module's path, seen from the attached model, without the wrappers that torch puts around modules.
+
+    Whoever reads what the model returns stands for the model itself.
+    """
+    inside = f"{path}.".startswith(f"{model_path}.") or not model_path
+    inner = path.removeprefix(model_path).split(".") if inside else []
     return ".".join(part for part in inner if part and part not in _WRAPPERS)
 
 

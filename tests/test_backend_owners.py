@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import attnres_rewrite as ar
-from tests.networks import VOCAB, Gpt
+from tests.networks import VOCAB, WIDTH, Block, Gpt
 
 CONFIG = ar.AttnResConfig(num_blocks=2)
 QUICK = {"backend": "attnres", "options": {"backend": "aot_eager"}}
@@ -69,6 +69,32 @@ def test_the_model_is_found_wherever_it_is():
     )
     for call in calls:
         torch.testing.assert_close(torch.compile(call, **QUICK)(), wanted)
+
+
+def test_what_the_model_returns_is_read_outside_of_it():
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm = Body(), nn.LayerNorm(WIDTH)
+
+        def forward(self, x):
+            return self.norm(self.body(x))
+
+    model, x = Outer(Head()), torch.randn(2, 4, WIDTH)
+    wanted = model(x)
+    ar.attach(model.parts[0].body, CONFIG, (x,))
+    model.compile(**QUICK)
+    torch.testing.assert_close(model(x), wanted)
 
 
 def test_a_shared_module_goes_by_every_name():

@@ -56,7 +56,7 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
 
 def refuse_taken_names(root: nn.Module, plans: Sequence[BlockPlan]) -> None:
     """Raise AlreadyRewrittenError when a module that reads has something named attn_res, of whatever kind."""
-    modules = dict(root.named_modules())
+    modules = dict(root.named_modules(remove_duplicate=False))
     for owner in {read.owner for plan in plans for read in plan.reads}:
         if owner in modules and hasattr(modules[owner], "attn_res"):
             name = f"{owner}.attn_res".lstrip(".")

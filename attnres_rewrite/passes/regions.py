@@ -55,13 +55,15 @@ def refuse_cut_streams(regions: Sequence[Region], streams: Sequence[ResidualStre
     """Raise StreamRegionError for a region that a stream goes through; without streams, for any that holds one."""
     for region in regions:
         for chain in region.chains:
-            if not streams or any(_is_of(chain, region, stream) for stream in streams):
+            alone = not streams and len(chain.adds) > 1
+            if alone or any(_is_of(chain, region, stream) for stream in streams):
                 kind, remedy = _KINDS[region.call.target]
                 raise StreamRegionError(
                     explain(
-                        f"{len(chain.adds)} adds of the stream lie under {kind}",
-                        place_of(chain.adds[0].node),
-                        "torch.export keeps what is under it as one call, so these layers would be left out.",
+                        f"the stream goes through {kind}",
+                        place_of(chain.states[1]),
+                        f"torch.export keeps what is under it as one call, so {len(chain.adds)} of its adds would be "
+                        "left out.",
                         remedy,
                     )
                 )

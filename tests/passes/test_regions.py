@@ -38,7 +38,7 @@ class Within(Gpt):
 @pytest.mark.parametrize("where", [(0,), (1,), (2,), (0, 1, 2)])
 def test_a_stream_that_goes_through_is_refused(context, where):
     model = Within(context, where)
-    with pytest.raises(ar.StreamRegionError, match=r"2 adds of the stream lie under|6 adds") as refusal:
+    with pytest.raises(ar.StreamRegionError, match=r"the stream goes through .*\n.*[26] of its adds") as refusal:
         ar.inspect(model, (ids,), config=CONFIG, dynamic_shapes={})
     _, first = inspect.getsourcelines(Block.forward)
     assert f"networks.py:{first + 1}\n" in str(refusal.value)
