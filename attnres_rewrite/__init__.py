@@ -30,6 +30,7 @@ from attnres_rewrite.errors import (
     ProofError,
     RewriteError,
     StreamMismatchError,
+    StreamRegionError,
     UnpreservedReadError,
 )
 from attnres_rewrite.module import RewrittenModule
@@ -73,6 +74,7 @@ __all__ = [
     "RewriteReport",
     "RewrittenModule",
     "StreamMismatchError",
+    "StreamRegionError",
     "UnpreservedReadError",
     "VerifyReport",
     "attach",

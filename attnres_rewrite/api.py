@@ -14,15 +14,16 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from attnres_rewrite.capture import capture
-from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.config import AttnResConfig, check_config
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
 from attnres_rewrite.fxgraph import tensor_of
-from attnres_rewrite.inputs import plain_inputs
+from attnres_rewrite.inputs import check_inputs_given, plain_inputs
 from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
+from attnres_rewrite.passes.grad_modes import refuse_mixed_grad_modes
 from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.passes.plan_blocks import plan_blocks
@@ -72,7 +73,10 @@ def rewrite(
     Raises:
         RewriteError: A refusal, with the reason and the place; see attnres_rewrite.errors.
         ValueError: `config` does not fit the model.
+        TypeError: An argument is of another kind.
     """
+    check_inputs_given(args, kwargs)
+    check_config(config)
     say = progress or (lambda stage: None)
     inputs = ExampleInputs(*plain_inputs((tuple(args), dict(kwargs or {}))))
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
@@ -110,6 +114,8 @@ def inspect(
 
     Takes and raises what `rewrite` does. A model on the meta device is captured with fixed shapes, in half the time.
     """
+    check_inputs_given(args, kwargs)
+    check_config(config)
     say = progress or (lambda stage: None)
     args, kwargs = plain_inputs((tuple(args), dict(kwargs or {})))
     if dynamic_shapes is None and _is_meta(model):
@@ -148,7 +154,14 @@ def verify(
 
     Returns:
         The figures; `passed` says whether every proof holds. Nothing is raised for one that fails.
+
+    Raises:
+        TypeError: `new` is not rewritten, or an argument is of another kind.
     """
+    # callers are not all type-checked
+    if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"verify() takes what rewrite() or load() returned; this is a {type(new).__name__}")
+    check_inputs_given(() if args is None else args, kwargs)
     given = args is not None or kwargs is not None
     inputs = ExampleInputs(tuple(args or ()), dict(kwargs or {})) if given else new.example_inputs
     return prove(new, inputs, progress or (lambda stage: None))
@@ -167,6 +180,7 @@ def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
     """Run the passes up to the plan; additions are spelled anew, nothing else changes."""
     normalize_adds(program)
     search = find_stream(program)
+    refuse_mixed_grad_modes(program.graph, search.streams)
     return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 

@@ -8,6 +8,7 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 (backend.py) replaces the stream there. Uncompiled, that forward raises.
 """
 
+import copy
 import functools
 import inspect
 import warnings
@@ -22,12 +23,13 @@ from torch import nn
 
 from attnres_rewrite.api import plan_program, report_plans
 from attnres_rewrite.capture import capture, refuse_rewritten
-from attnres_rewrite.config import AttnResConfig, config_from, describe_config
+from attnres_rewrite.config import AttnResConfig, check_config, config_from, describe_config
 from attnres_rewrite.errors import ArtifactError, NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
+from attnres_rewrite.inputs import check_inputs_given
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
-from attnres_rewrite.passes.insert_reads import add_parameters
-from attnres_rewrite.read_parameters import holds_attnres_parameters, load_attnres_parameters
+from attnres_rewrite.passes.insert_reads import add_parameters, refuse_taken_names
+from attnres_rewrite.read_parameters import attnres_parameters, holds_attnres_parameters, load_attnres_parameters
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -63,7 +65,8 @@ def attach(
     Args:
         model: Any module that `rewrite` takes. It is changed.
         config: As for `rewrite`; None takes the one that a transformers config carries from an earlier attach(), else
-            the defaults. Where it carries one, the queries are loaded from the folder the model came from.
+            the defaults. Where the folder that a transformers model came from has queries, they are loaded. The model
+            gets a config object of its own, which carries this one.
         args: Positional example inputs, on the model's device. A transformers model needs none.
         kwargs: Example inputs given by name.
 
@@ -71,26 +74,33 @@ def attach(
         What was found and planned. The parameters have the names that `rewrite` gives them.
 
     Raises:
-        AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten.
-        ArtifactError: The folder the model came from has queries of other reads.
+        AlreadyRewrittenError: `model`, or a part of it, is attached or rewritten, or has something named attn_res.
+        ArtifactError: The folder the model came from has queries of other reads, or nothing says of which blocks.
         RewriteError: A refusal, as of `rewrite`.
         ValueError: No example inputs, or `config` contradicts the model's own config.
-        TypeError: `model` is not a module that can be changed.
+        TypeError: `model` is not a module that can be changed, or an argument is of another kind.
     """
     _check_model(model)
+    check_inputs_given(args, kwargs)
+    if config is not None:
+        check_config(config)
     refuse_rewritten(model)
-    config = _config_for(model, config)
+    folder = _folder_with_queries(model)
+    config = _config_for(model, config, folder)
     captured = capture(model, args, _inputs(model, args, kwargs), {}, both_modes=False)
     planned = plan_program(captured.programs[captured.training], config)
     report = report_plans(model, config, captured, planned)
-    add_parameters(model, planned.plans, config)
-    attachment = Attachment(config, tuple(_attached_stream(plan) for plan in planned.plans))
-    _become(model, attachment)
+    attachment = Attachment(config, tuple(_attached_stream(model, plan) for plan in planned.plans))
+    refuse_taken_names(model, planned.plans)
     try:
-        _take_up_checkpoint(model, config)
-    except ArtifactError:
-        detach(model)
+        add_parameters(model, planned.plans, config)
+        _become(model, attachment)
+        if folder is not None:
+            load_attnres_parameters(model, folder)
+    except BaseException:
+        _take_off(model, attachment)
         raise
+    _note_config(model, config)
     _register_backend()
     return report
 
@@ -106,18 +116,35 @@ def detach(model: nn.Module) -> None:
     Raises:
         NotAttachedError: There is nothing to take off.
     """
-    for part in _attached_parts(model):
-        for stream in Attachment.from_json(part._attnres_facts).streams:
-            for read in stream.reads:
-                owner = part.get_submodule(read.name.rpartition("attn_res.")[0].rstrip("."))
-                owner._modules.pop("attn_res", None)
-        part.__class__ = part._attnres_base
+    parts = list(_attached_parts(model))
+    for part in parts:
+        _refuse_changed_class(part)
+    for part in parts:
+        _take_off(part, Attachment.from_json(part._attnres_facts))
         # of model.compile(backend="attnres"), which would refuse the model from now on
         part._compiled_call_impl = None
-        for field in ("_attnres_facts", "_attnres_names", "_attnres_original"):
-            part.__dict__.pop(field, None)
         if is_huggingface(part):
             part.config.__dict__.pop(_CONFIG_KEY, None)  # type: ignore[union-attr]
+
+
+def _take_off(model: Any, attachment: Attachment) -> None:
+    """Undo what attach() did so far."""
+    for name in attachment.parameter_names:
+        owner = model.get_submodule(name.rpartition("attn_res.")[0].rstrip("."))
+        owner._modules.pop("attn_res", None)
+    for field in ("_attnres_facts", "_attnres_names", "_attnres_original"):
+        model.__dict__.pop(field, None)
+    if hasattr(model, "_attnres_base"):
+        model.__class__ = model._attnres_base
+
+
+def _refuse_changed_class(part: Attached) -> None:
+    if "_attnres_base" not in type(part).__dict__:
+        raise TypeError(
+            f"the class of this {part._attnres_base.__name__} was changed after attach(), to {type(part).__name__}, so "
+            "detach() cannot give it back: undo that first, for a parametrization with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
 
 
 @contextmanager
@@ -163,11 +190,49 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _config_for(model: nn.Module, config: AttnResConfig | None) -> AttnResConfig:
+def _folder_with_queries(model: Any) -> Path | None:
+    """Return the folder that from_pretrained() read, when it holds queries; the model had no place for them."""
+    if not is_huggingface(model) or not model.name_or_path:
+        return None
+    folder = Path(model.name_or_path)
+    return folder if folder.is_dir() and holds_attnres_parameters(folder) else None
+
+
+def _config_for(model: Any, config: AttnResConfig | None, folder: Path | None) -> AttnResConfig:
+    """Return the config to attach with: the given one, or the one that a transformers config carries.
+
+    Raises:
+        ArtifactError: There are queries, and nothing says what they belong to.
+        ValueError: Both are there, and differ.
+    """
     carried = getattr(model.config, _CONFIG_KEY, None) if is_huggingface(model) else None
-    own = None if carried is None else config_from(carried)
+    try:
+        own = None if carried is None else config_from(carried)
+    except TypeError as error:
+        raise ArtifactError(
+            explain(
+                f"attn_res in the config of this {type(model).__name__} is of another release",
+                None,
+                f"{error}. It holds {carried}.",
+            )
+        ) from error
     if own is not None and config is not None and own != config:
         raise ValueError(f"config={config} contradicts the one this model was saved with, {own}; leave config out")
+    if own is None and config is None and folder is not None:
+        raise ArtifactError(
+            explain(
+                f"the queries of this {type(model).__name__} were saved, and the config they belong to was not",
+                str(folder),
+                "Its config.json has no attn_res, or from_pretrained() was given another config.",
+                "Give the config of the training run, attach(model, config); the queries are then loaded.",
+            )
+        )
+    if own is not None and folder is None:
+        warnings.warn(
+            "attnres_rewrite: this model was saved with queries, which from_pretrained() left out, and they are zero "
+            "now; load them with load_attnres_parameters(model, folder)",
+            stacklevel=3,
+        )
     return config or own or AttnResConfig()
 
 
@@ -175,23 +240,15 @@ def _config_for(model: nn.Module, config: AttnResConfig | None) -> AttnResConfig
 _CONFIG_KEY = "attn_res"
 
 
-def _take_up_checkpoint(model: Any, config: AttnResConfig) -> None:
-    """Note the config where transformers saves it; load the queries that from_pretrained() found no place for."""
+def _note_config(model: Any, config: AttnResConfig) -> None:
+    """Note the config where transformers saves it: in a copy, because other models may share the object."""
     if not is_huggingface(model):
         return
-    was_attached = hasattr(model.config, _CONFIG_KEY)
-    setattr(model.config, _CONFIG_KEY, describe_config(config))
-    if not was_attached:
-        return
-    folder = Path(model.name_or_path or "")
-    if model.name_or_path and folder.is_dir() and holds_attnres_parameters(folder):
-        load_attnres_parameters(model, folder)
-        return
-    warnings.warn(
-        "attnres_rewrite: this model was saved with queries, which from_pretrained() left out, and they are zero now; "
-        "load them with load_attnres_parameters(model, folder)",
-        stacklevel=3,
-    )
+    shared, own = model.config, copy.copy(model.config)
+    setattr(own, _CONFIG_KEY, describe_config(config))
+    for part in model.modules():
+        for name in [name for name, value in vars(part).items() if value is shared]:
+            setattr(part, name, own)
 
 
 def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -207,8 +264,10 @@ def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     )
 
 
-def _attached_stream(plan: BlockPlan) -> AttachedStream:
-    reads = tuple(AttachedRead(read.state, read.name) for read in plan.reads)
+def _attached_stream(model: nn.Module, plan: BlockPlan) -> AttachedStream:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {module: [name for name, other in modules.items() if other is module] for module in modules.values()}
+    reads = tuple(AttachedRead(read.state, read.name, tuple(names[modules[read.owner]])) for read in plan.reads)
     return AttachedStream(plan.stream.name, plan.stream.width, len(plan.stream.updates), reads)
 
 
@@ -223,23 +282,31 @@ def _become(model: nn.Module, attachment: Attachment) -> None:
 def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose forward leaves the mark; it goes by the same name."""
 
-    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._attnres_facts is not None and not self._attnres_original:
             args, kwargs = _marked(self, args, kwargs)
         return base.forward(self, *args, **kwargs)
 
+    # torch counts recompilations by code object, and this one would be that of every class
+    forward.__code__ = forward.__code__.replace(co_name=f"attached_{base.__name__}")
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (Attached, base), described | {"forward": forward, "_attnres_base": base})
+    own = {"forward": functools.wraps(base.forward)(forward), "_attnres_base": base}
+    return type(base.__name__, (Attached, base), described | own)
 
 
 def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if torch.compiler.is_exporting():
         raise NotCompiledError(
             "an attached model is not exported: its forward is still the original's\n"
-            "  rewrite(model) gives a module that can be"
+            "  keep its state_dict(), detach() it, rewrite() it, load the state dict into the result, and export that; "
+            "see Serving in docs/ways.md"
         )
     parameters = [_parameter(model, name) for name in model._attnres_names]
+    if any(isinstance(parameter, torch.fx.Proxy) for parameter in parameters):
+        raise NotCompiledError(
+            "torch.fx.symbolic_trace of an attached model would give the original's graph\n"
+            "  detach() it first; rewrite() takes the graph, and gives one with reads"
+        )
     if any(hasattr(parameter, "placements") for parameter in parameters):
         raise NotCompiledError(
             "the parameters of an attached model are sharded (DTensor), which the backend cannot put into one graph\n"
@@ -248,11 +315,15 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return mark_inputs(parameters, model._attnres_facts, args, kwargs)
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+def _parameter(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a query or gain; torch.func.functional_call puts plain tensors in their places."""
+    module, _, kind = name.rpartition(".")
     try:
-        return model.get_parameter(name)
+        return getattr(model.get_submodule(module), kind)
     except AttributeError as error:
-        raise NotAttachedError(f"the model lost {name}; detach() and attach() make it anew") from error
+        raise NotAttachedError(
+            f"the model lost {name}; detach() and attach() make it anew, with zero queries"
+        ) from error
 
 
 def _rebuilt(base: type[nn.Module]) -> nn.Module:
@@ -268,8 +339,15 @@ def _attached_parts(model: nn.Module) -> Iterator[Any]:
 
 
 def _not_attached(model: nn.Module) -> NotAttachedError:
+    try:
+        attnres_parameters(model)
+    except NotAttachedError as error:
+        return error
     return NotAttachedError(
-        explain(f"{type(model).__name__} has no reads", remedy="Add them: attnres_rewrite.attach(model, config)")
+        explain(
+            f"{type(model).__name__} has reads, and attach() did not add them",
+            remedy="What rewrite() returns has no other form; the model it was given is as it was.",
+        )
     )
 
 

@@ -26,6 +26,7 @@ from attnres_rewrite.errors import (
     StreamMismatchError,
     explain,
 )
+from attnres_rewrite.fxgraph import owner_of
 from attnres_rewrite.mark import AttachedStream, Attachment
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.training_ir import to_dynamo, to_training_ir
@@ -100,11 +101,12 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
                 'Compile the model, not the function around it: model.compile(backend="attnres").',
             )
         )
+    model_path = owner_of(marks[0])
     names = _take_out(gm.graph, marks[0], attachment)
     traced = to_training_ir(gm, names)
     try:
         planned = plan_program(traced.module, attachment.config)
-        plans = _matched(planned.plans, attachment, gm)
+        plans = _matched(planned.plans, attachment, gm, model_path)
     except NoStreamError as error:
         raise _broken(gm, "The graph that ends there holds no stream.") or error from error
     put_reads_in(traced.module, plans, attachment.config)
@@ -115,7 +117,27 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
 def _take_out(graph: fx.Graph, mark: fx.Node, attachment: Attachment) -> dict[str, str]:
     """Erase the mark; return which placeholder holds which query or gain, by their names."""
     parameters: Sequence[fx.Node] = mark.args[0]  # type: ignore[assignment]
-    names = {node.name: name for node, name in zip(parameters, attachment.parameter_names, strict=True)}
+    names: dict[str, str] = {}
+    for node, name in zip(parameters, attachment.parameter_names, strict=True):
+        if node.op != "placeholder":
+            raise StreamMismatchError(
+                explain(
+                    f"{name} is computed in this call, not stored",
+                    None,
+                    "A parametrization of it does that, for one. Queries and gains are read as they are.",
+                    "Undo it: torch.nn.utils.parametrize.remove_parametrizations(module, name).",
+                )
+            )
+        if node.name in names:
+            raise StreamMismatchError(
+                explain(
+                    f"{names[node.name]} and {name} are one tensor",
+                    None,
+                    "Each read has a query and a gain of its own.",
+                    "Undo the tie, or detach() and attach() anew.",
+                )
+            )
+        names[node.name] = name
     for marked in list(mark.users):
         marked.replace_all_uses_with(marked.args[0])  # type: ignore[arg-type]
         graph.erase_node(marked)
@@ -123,8 +145,10 @@ def _take_out(graph: fx.Graph, mark: fx.Node, attachment: Attachment) -> dict[st
     return names
 
 
-def _matched(plans: Sequence[BlockPlan], attachment: Attachment, gm: fx.GraphModule) -> list[BlockPlan]:
-    """Give the reads of this graph the parameters that attach() made for them."""
+def _matched(
+    plans: Sequence[BlockPlan], attachment: Attachment, gm: fx.GraphModule, model_path: str
+) -> list[BlockPlan]:
+    """Give the reads of this graph the parameters that attach() made for them; the model is at `model_path` in it."""
     found = [(len(plan.stream.updates), plan.stream.width) for plan in plans]
     wanted = [(stream.num_updates, stream.width) for stream in attachment.streams]
     if found != wanted:
@@ -134,20 +158,21 @@ def _matched(plans: Sequence[BlockPlan], attachment: Attachment, gm: fx.GraphMod
                 "the compiled call has another stream than attach() found",
                 None,
                 seen,
-                "Attach with example inputs of this kind: attach(model, config, args, kwargs).",
+                "Attach with example inputs of this kind, attach(model, config, args, kwargs); and where other modules "
+                'are compiled with the attached one, compile it alone, model.compile(backend="attnres").',
             )
         )
-    return [_with_names(plan, stream) for plan, stream in zip(plans, attachment.streams, strict=True)]
+    return [_with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]
 
 
 def _spelled(streams: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"a stream of {updates} updates and width {width}" for updates, width in streams) or "none"
 
 
-def _with_names(plan: BlockPlan, stream: AttachedStream) -> BlockPlan:
-    names = {read.state: read.name for read in stream.reads}
+def _with_names(plan: BlockPlan, stream: AttachedStream, model_path: str) -> BlockPlan:
+    attached = {read.state: read for read in stream.reads}
     for read in plan.reads:
-        if read.state not in names:
+        if read.state not in attached:
             raise StreamMismatchError(
                 explain(
                     f"this call reads state {read.state} of {stream.name}, which nothing read when it was attached",
@@ -156,7 +181,32 @@ def _with_names(plan: BlockPlan, stream: AttachedStream) -> BlockPlan:
                     "Attach with example inputs that make the model return the same things.",
                 )
             )
-    return replace(plan, reads=tuple(replace(read, name=names[read.state]) for read in plan.reads))
+        owner, owners = _inside(read.owner, model_path), attached[read.state].owners
+        if owner not in owners:
+            raise StreamMismatchError(
+                explain(
+                    f"state {read.state} of {stream.name} is read by {owner or 'the model itself'} in this call, "
+                    f"and was by {owners[0] or 'the model itself'} when it was attached",
+                    read.source_line or None,
+                    f"The query {attached[read.state].name} belongs to the latter.",
+                    "Attach with example inputs of this kind, attach(model, config, args, kwargs), and after modules "
+                    "were wrapped or replaced.",
+                )
+            )
+    return replace(plan, reads=tuple(replace(read, name=attached[read.state].name) for read in plan.reads))
+
+
+def _inside(path: str, model_path: str) -> str:
+    """Return a module's path, seen from the attached model, without the wrappers that torch puts around modules.
+
+    Whoever reads what the model returns stands for the model itself.
+    """
+    inside = f"{path}.".startswith(f"{model_path}.") or not model_path
+    inner = path.removeprefix(model_path).split(".") if inside else []
+    return ".".join(part for part in inner if part and part not in _WRAPPERS)
+
+
+_WRAPPERS = frozenset(["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
 
 
 def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
@@ -166,14 +216,29 @@ def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:
         return None
     frames = [frame for frame in reason.user_stack if frame.filename]
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    text = _first_paragraph(str(reason.reason))
+    remedies = [remedy for word, remedy in _REMEDIES if word in f"{where} {text}"]
     return GraphBreakError(
         explain(
             "a graph break cuts the stream",
             where,
-            f"{_first_paragraph(str(reason.reason))}\n  {seen}",
-            "TORCH_LOGS=graph_breaks in the environment makes torch list every break.",
+            f"{text}\n  {seen}",
+            "\n  ".join([*remedies, "TORCH_LOGS=graph_breaks in the environment makes torch list every break."]),
         )
     )
+
+
+_REMEDIES = (
+    (
+        "logging.Logger",
+        "transformers logs where a model keeps a cache under gradient checkpointing: model.config.use_cache = False.",
+    ),
+    (
+        "output_capturing.py",
+        "transformers collects output_hidden_states and output_attentions in a way that Dynamo cannot trace: leave "
+        "them out, or call what rewrite() returns.",
+    ),
+)
 
 
 def _first_paragraph(text: str) -> str:

@@ -69,6 +69,7 @@ def capture(
     if not isinstance(model, nn.Module | ExportedProgram):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
     refuse_rewritten(model)
+    _refuse_inference_mode()
     if isinstance(model, ExportedProgram):
         say("capture (exported program)")
         return _from_program(model, "torch.export.ExportedProgram", start)
@@ -100,7 +101,7 @@ def _from_module(
         say(f"capture ({'train' if mode else 'eval'})")
         routes = routes_for(dynamic_shapes) if route is None else (route,)
         try:
-            with _in_mode(model, mode):
+            with _in_mode(model, mode), _plain_tensors_kept(model):
                 program, route = export(model, args, kwargs, dynamic_shapes, routes)
         except CaptureError as why:
             if mode == model.training:
@@ -128,6 +129,18 @@ def refuse_rewritten(model: object) -> None:
                     "Use the original model, or detach() this one; a saved rewrite is read with attnres_rewrite.load.",
                 )
             )
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise CaptureError(
+            explain(
+                "torch.inference_mode() is on, and what is made under it cannot be trained",
+                None,
+                "The parameters of the reads would be inference tensors.",
+                "Call this outside of it; torch.no_grad() does no harm.",
+            )
+        )
 
 
 def _refuse_other_device(model: nn.Module, inputs: Any) -> None:
@@ -158,6 +171,27 @@ def _in_mode(model: nn.Module, training: bool) -> Generator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+
+
+@contextmanager
+def _plain_tensors_kept(model: nn.Module) -> Generator[None]:
+    """Put back what a forward does to tensors that are plain attributes: a count moves on, a fake tensor stays."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    kept = [value for found in before.values() for value in found.values() if isinstance(value, torch.Tensor)]
+    values = [value for value in kept if not value.is_meta]
+    copies = [value.detach().clone() for value in values]
+    try:
+        yield
+    finally:
+        for module, found in before.items():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, torch.Tensor) and found.get(name) is not value:
+                    del module.__dict__[name]
+            module.__dict__.update({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
+        with torch.no_grad():
+            for value, copied in zip(values, copies, strict=True):
+                if not torch.equal(value, copied):
+                    value.copy_(copied)
 
 
 def _from_program(program: ExportedProgram, route: str, start: float) -> Captured:

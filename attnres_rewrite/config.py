@@ -144,6 +144,13 @@ def config_from(facts: Mapping[str, Any]) -> AttnResConfig:
     return AttnResConfig(**fields)
 
 
+def check_config(config: object) -> None:
+    """Raise TypeError for what is no AttnResConfig; callers are not all type-checked."""
+    if not isinstance(config, AttnResConfig):
+        count = config if isinstance(config, int) else 8
+        raise TypeError(f"config={config!r} must be an AttnResConfig: config=AttnResConfig(num_blocks={count})")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype as torch's attribute is named: "float32"."""
     return str(dtype).removeprefix("torch.")

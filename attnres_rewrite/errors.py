@@ -8,6 +8,7 @@
         ParallelStreamsError      several streams feed each other (hyper-connections, AltUp, reversible layers)
       AlreadyRewrittenError       the model has Attention Residuals already
       UnpreservedReadError        output="mean" would change what a consumer of the stream computes
+      StreamRegionError           a part of the stream lies where gradients are off or autocast is on
       ModeMismatchError           train mode and eval mode build different streams
       NotAttachedError            torch.compile(backend="attnres") met a model that attach() does not know
       NotCompiledError            an attached model was about to run as the network it was before
@@ -57,6 +58,10 @@ class AlreadyRewrittenError(RewriteError):
 
 class UnpreservedReadError(RewriteError):
     """A consumer of the stream depends on its scale, which output="mean" changes."""
+
+
+class StreamRegionError(RewriteError):
+    """A part of the stream lies in a region of the forward that sets gradients or autocast anew."""
 
 
 class ModeMismatchError(RewriteError):

@@ -33,11 +33,13 @@ def example_inputs(model: Any, batch: int, seq: int) -> dict[str, Any]:
     Raises:
         ModelSpecError: The model wants an input of another kind.
     """
+    # torch.manual_seed would seed every GPU, too
+    draw = torch.Generator().manual_seed(0)
     make = {
-        "input_ids": lambda: _ids(model, batch, seq),
-        "pixel_values": lambda: _image(model, batch),
-        "input_features": lambda: _spectrogram(model, batch),
-        "input_values": lambda: _normal(model, (batch, NUM_FRAMES)),
+        "input_ids": lambda: _ids(model, batch, seq, draw),
+        "pixel_values": lambda: _image(model, batch, draw),
+        "input_features": lambda: _spectrogram(model, batch, draw),
+        "input_values": lambda: _normal(model, (batch, NUM_FRAMES), draw),
     }
     main = model.main_input_name
     if main not in make:
@@ -47,24 +49,19 @@ def example_inputs(model: Any, batch: int, seq: int) -> dict[str, Any]:
                 remedy="Give example inputs; on the command line, by a FILE.py with a factory.",
             )
         )
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    try:
-        inputs = {main: make[main]()}
-        wanted = inspect.signature(model.forward).parameters
-        if model.config.is_encoder_decoder and "decoder_input_ids" in wanted:
-            inputs["decoder_input_ids"] = _ids(model, batch, seq)
-    finally:
-        torch.set_rng_state(generator_state)
+    inputs = {main: make[main]()}
+    wanted = inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder and "decoder_input_ids" in wanted:
+        inputs["decoder_input_ids"] = _ids(model, batch, seq, draw)
     return inputs
 
 
-def _ids(model: Any, batch: int, seq: int) -> Any:
+def _ids(model: Any, batch: int, seq: int, draw: torch.Generator) -> Any:
     """Draw ids that stand for words: padding would be masked, and an image token wants an image."""
     size = model.config.get_text_config().vocab_size
     special = _special_ids(model.config)
     words = [token for token in range(size) if token not in special] or list(range(size))
-    drawn = torch.randint(len(words), (batch, seq), device="cpu")
+    drawn = torch.randint(len(words), (batch, seq), device="cpu", generator=draw)
     return torch.tensor(words)[drawn].to(model.device)
 
 
@@ -77,22 +74,22 @@ def _special_ids(config: Any) -> set[int]:
     return special | {0}
 
 
-def _image(model: Any, batch: int) -> Any:
+def _image(model: Any, batch: int, draw: torch.Generator) -> Any:
     config = getattr(model.config, "vision_config", None) or model.config
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return _normal(model, (batch, getattr(config, "num_channels", 3), height, width))
+    return _normal(model, (batch, getattr(config, "num_channels", 3), height, width), draw)
 
 
-def _spectrogram(model: Any, batch: int) -> Any:
+def _spectrogram(model: Any, batch: int, draw: torch.Generator) -> Any:
     config = model.config
     bins = getattr(config, "num_mel_bins", 80)
     # Whisper's convolutions halve the frames before they meet the positions
-    return _normal(model, (batch, bins, 2 * getattr(config, "max_source_positions", 1500)))
+    return _normal(model, (batch, bins, 2 * getattr(config, "max_source_positions", 1500)), draw)
 
 
-def _normal(model: Any, shape: tuple[int, ...]) -> Any:
-    return torch.randn(shape, device="cpu").to(model.device, model.dtype)
+def _normal(model: Any, shape: tuple[int, ...], draw: torch.Generator) -> Any:
+    return torch.randn(shape, device="cpu", generator=draw).to(model.device, model.dtype)
 
 
 def with_parts(config: Any) -> Iterator[Any]:

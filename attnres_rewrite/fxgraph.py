@@ -11,6 +11,7 @@ from torch import fx
 # The last frame of a stack trace is the line that ran; torch's own frames are not in it.
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _SUBSCRIPT = re.compile(r"\['?([^'\]]+)'?\]")
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
 _REPEATED_CALL = re.compile(r"@\d+")
 
 
@@ -108,10 +109,16 @@ def module_path(node: fx.Node) -> tuple[str, ...]:
 
 
 def _fqn(name: str) -> str:
-    """Clean a module name: export marks repeated calls "l@1", Dynamo writes L['self']._modules['h'].0."""
+    """Clean a module name: export marks repeated calls "l@1", Dynamo writes expressions for "h.0.norm".
+
+    getattr(L['self'].h, '0').norm,  L['self']._modules['h'][0].norm,  L['self'].h.__dict__['_modules']['0'].norm
+    """
     name = _REPEATED_CALL.sub("", name)
-    if name.startswith("L["):
-        name = _SUBSCRIPT.sub(r".\1", name.partition("]")[2].replace("._modules[", "[")).lstrip(".")
+    while (plain := _GETATTR.sub(r"\1.\2", name)) != name:
+        name = plain
+    if name.startswith(("L[", "G[")):
+        inner = name.partition("]")[2].replace(".__dict__['_modules']", "").replace("._modules[", "[")
+        name = _SUBSCRIPT.sub(r".\1", inner).lstrip(".")
     return name
 
 

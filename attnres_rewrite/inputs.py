@@ -44,6 +44,16 @@ def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> Non
 has_side_effect(check_inputs)
 
 
+def check_inputs_given(args: object, kwargs: object) -> None:
+    """Raise TypeError for example inputs that are not as a call takes them; callers are not all type-checked."""
+    if not isinstance(args, list | tuple):
+        raise TypeError(f"args is a {type(args).__name__}; give a tuple of the positional inputs: args=(ids,)")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"kwargs is a {type(kwargs).__name__}; give a dict of the inputs by name, and a config as config=..."
+        )
+
+
 def plain_inputs(inputs: Any) -> Any:
     """Return nested inputs with the symbolic numbers that Dynamo hands out made plain."""
     plain = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}

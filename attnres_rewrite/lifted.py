@@ -5,7 +5,7 @@ tensors made with the default dtype. An op without a float64 kernel runs in floa
 """
 
 import copy
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,8 +128,7 @@ class LiftedInterpreter(fx.Interpreter):
         """Run on flat inputs; return the flat outputs and their structure. The random state is left as it was."""
         self._fresh = {}
         inputs = [lift(leaf.detach().clone()) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        with torch.random.fork_rng(devices=_cuda_devices(inputs)), _float64_by_default():
-            torch.manual_seed(seed)
+        with seeded((*inputs, *self.state.parameters.values()), seed), _float64_by_default():
             return pytree.tree_flatten(self.run(*inputs, enable_io_processing=False))
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -188,8 +187,18 @@ def _drop_eps(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return args, kwargs
 
 
-def _cuda_devices(leaves: Sequence[Any]) -> list[torch.device]:
-    return list({leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == "cuda"})
+@contextmanager
+def seeded(values: Iterable[Any], seed: int) -> Generator[None]:
+    """Draw random numbers from a seed, on the CPU and on the GPUs that hold `values`; put every generator back after.
+
+    torch.manual_seed would seed all GPUs of the machine.
+    """
+    devices = {value.device for value in values if isinstance(value, Tensor) and value.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -4,7 +4,8 @@
 
 Dynamo makes the queries and gains inputs of the graph, with guards, as it does with any parameter in use. The backend
 takes the mark out again and puts reads in. In every other place, an uncompiled call or another backend, `mark` raises
-as it runs; and it does run, because each tensor the model is given comes out of `marked`, which needs its token.
+as it runs; and it does run: it has a side effect, and each tensor that is an argument comes out of `marked`, which
+needs its token.
 """
 
 import json
@@ -13,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
 from attnres_rewrite.errors import NotCompiledError, explain
@@ -21,10 +23,15 @@ from attnres_rewrite.errors import NotCompiledError, explain
 
 @dataclass(frozen=True, slots=True)
 class AttachedRead:
-    """One read of an attached stream; `name` is the FQN of its parameters' module, seen from the attached model."""
+    """One read of an attached stream.
+
+    `name` is the FQN of its parameters' module, seen from the attached model; `owners` are those of the module that
+    reads, which goes by several where it is shared.
+    """
 
     state: int
     name: str
+    owners: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +74,14 @@ class Attachment:
 
 
 def _stream_from(facts: dict[str, Any]) -> AttachedStream:
-    reads = tuple(AttachedRead(**read) for read in facts["reads"])
+    reads = tuple(AttachedRead(read["state"], read["name"], tuple(read["owners"])) for read in facts["reads"])
     return AttachedStream(facts["name"], facts["width"], facts["num_updates"], reads)
 
 
 def mark_inputs(
-    parameters: Sequence[nn.Parameter], facts: str, args: Sequence[Any], kwargs: dict[str, Any]
+    parameters: Sequence[Tensor], facts: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the inputs of a call, every tensor among them marked; runs under Dynamo.
+    """Return the inputs of a call, every argument that is a tensor marked; runs under Dynamo.
 
     Raises:
         NotCompiledError: Nothing traces this call.
@@ -96,7 +103,7 @@ def _mark(parameters: list[Tensor], facts: str) -> Tensor:
             "an attached model runs, and not through the backend that puts its reads in",
             None,
             "It would compute the network as it was before attach(). Nothing compiled this call, another backend did, "
-            "or torch.compile gave up after too many recompilations.",
+            "or torch.compile gave up after torch._dynamo.config.recompile_limit recompilations: then raise it.",
             'Compile it first, model.compile(backend="attnres"), or call it inside `with attnres_rewrite.original'
             "(model):` to run the network without its reads on purpose.",
         )
@@ -107,6 +114,10 @@ def _mark(parameters: list[Tensor], facts: str) -> Tensor:
 def _(parameters: list[Tensor], facts: str) -> Tensor:
     # of integers, so that autograd leaves it alone
     return parameters[0].new_empty((), dtype=torch.int64)
+
+
+# else a compiler drops it where nothing needs its token: all tensors are in a dict, or there are none
+has_side_effect(torch.ops.attnres.mark.default)
 
 
 @torch.library.custom_op("attnres::marked", mutates_args=())

@@ -1,11 +1,13 @@
 """The queries, gains and gates of a model's reads: to hand to an optimizer, to load alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from attnres_rewrite.errors import ArtifactError, NotAttachedError, explain
@@ -80,7 +82,11 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]
-_OF_READ = re.compile(r"(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?(?P<read>\.\d+\.(query|key_norm|gate))")
+# and torch.compile and DistributedDataParallel wrap the model
+_OF_READ = re.compile(
+    r"((_orig_mod|module)\.)*(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?"
+    r"(?P<read>\.\d+\.(query|key_norm|gate))"
+)
 
 
 def _plain_name(name: str) -> str | None:
@@ -95,11 +101,27 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} holds no safetensors file")
     found: dict[str, Tensor] = {}
     for file in files:
-        with safe_open(file, framework="pt") as weights:
+        with _opened(file) as weights:
             found |= {name: weights.get_tensor(name) for name in weights.keys() if _plain_name(name)}  # noqa: SIM118
     return found
 
 
 def _names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as weights:
+    with _opened(path) as weights:
         return list(weights.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except SafetensorError as error:
+        raise ArtifactError(
+            explain(
+                f"{path} is no safetensors file, or is cut short",
+                None,
+                str(error),
+                "From another kind of file, give what torch.load(path, weights_only=True) returns.",
+            )
+        ) from error

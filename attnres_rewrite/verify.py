@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from attnres_rewrite.config import dtype_name
 from attnres_rewrite.errors import CaptureError, ProofError, explain
 from attnres_rewrite.inputs import flat_inputs
-from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override
+from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override, seeded
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.report import Proof, VerifyReport
 from attnres_rewrite.witness import DepthInterpreter, random_reads, zero_gates, zero_queries
@@ -244,15 +244,16 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
     kept = {name: value.detach().clone() for name, value in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    tensors = (*model.parameters(), *model.buffers(), *leaves)
+    with torch.no_grad():
         args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
-        reference = pytree.tree_leaves(model(*args, **kwargs))
+        with seeded(tensors, 0):
+            reference = pytree.tree_leaves(model(*args, **kwargs))
         for name, value in model.named_buffers():
             value.copy_(kept[name])
-        torch.manual_seed(0)
         runner = torch.fx.Interpreter(new, graph=program.original)
-        found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
+        with seeded(tensors, 0):
+            found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
         for name, value in model.named_buffers():
             value.copy_(kept[name])
     dtype = next(

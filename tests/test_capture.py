@@ -265,3 +265,27 @@ def test_given_dynamic_shapes_are_used_and_wrong_ones_refused():
     assert new(ids(7, 5)).shape[0] == 7
     with pytest.raises(ValueError, match="dimension 1"):
         new(ids(2, 6))
+
+
+class Keeping(Gpt):
+    """Counts its calls in a tensor that is no buffer, and keeps what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.count, self.seen = torch.zeros(3), torch.ones(2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.count += 1
+        self.seen = self.embed(ids)
+        self.last = self.seen
+        return super().forward(ids)
+
+
+def test_tensors_that_are_plain_attributes_stay_as_they_are() -> None:
+    model = Keeping()
+    count, seen = model.count, model.seen
+    capture(model, (ids(),))
+    assert model.count is count
+    assert model.seen is seen
+    assert torch.equal(count, torch.zeros(3))
+    assert not hasattr(model, "last")

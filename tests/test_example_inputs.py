@@ -36,7 +36,8 @@ def test_ids_are_words_and_reproducible(llama):
     torch.testing.assert_close(example_inputs(llama, 4, 200)["input_ids"], ids)
 
 
-def test_making_inputs_leaves_the_generator_alone(llama):
+def test_making_inputs_leaves_every_generator_alone(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
     before = torch.get_rng_state()
     example_inputs(llama, 1, 2)
     assert torch.equal(torch.get_rng_state(), before)

@@ -5,7 +5,8 @@ from torch import nn
 import attnres_rewrite as ar
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 
-STREAM = AttachedStream("stream", 16, 4, (AttachedRead(1, "layers.0.attn_res.0"), AttachedRead(4, "attn_res.0")))
+READS = (AttachedRead(1, "layers.0.attn_res.0", ("layers.0", "first")), AttachedRead(4, "attn_res.0", ("",)))
+STREAM = AttachedStream("stream", 16, 4, READS)
 
 
 @pytest.mark.parametrize(
@@ -39,20 +40,27 @@ def test_a_mark_raises_wherever_it_runs():
         mark_inputs([query], "{}", (torch.ones(2),), {})
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_no_backend_can_drop_it(backend):
-    query = nn.Parameter(torch.zeros(4))
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "aot_eager_decomp_partition", "inductor"])
+@pytest.mark.parametrize("form", ["argument", "nested", "unused", "none"])
+def test_no_backend_can_drop_it(backend, form):
+    torch._dynamo.reset()
+    query, weight = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(3))
 
-    def call(x, scale=1.0):
-        (x,), _ = mark_inputs([query], "{}", (x,), {"scale": scale})
-        return x * 2
+    def call(x=None, nested=None):
+        (x, nested), _ = mark_inputs([query], "{}", (x, nested), {})
+        used = nested["x"] if form in ("nested", "unused") else x if form == "argument" else weight
+        return used * 3
 
+    x, nested = torch.ones(3), {"x": torch.ones(3)}
+    args = {"argument": (x,), "nested": (None, nested), "unused": (x, nested), "none": ()}[form]
     compiled = torch.compile(call, backend=backend)
     with pytest.raises(ar.NotCompiledError):
-        compiled(torch.ones(3))
+        compiled(*args)
     # with a gradient asked for, too
+    x.requires_grad_(True)
+    nested["x"].requires_grad_(True)
     with pytest.raises(ar.NotCompiledError):
-        compiled(torch.ones(3, requires_grad=True))
+        compiled(*args)
 
 
 def test_only_tensors_are_marked():

@@ -167,6 +167,15 @@ def test_proofs_leave_buffers_of_the_model_alone():
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
 
 
+def test_proofs_leave_every_generator_alone(monkeypatch):
+    model = gpt(depth=1, dropout=0.2).train()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were seeded"))
+    before = torch.get_rng_state()
+    new = ar.rewrite(model, (ids(),))
+    assert new.report.verify.passed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_proofs_on_other_inputs_than_the_capture():
     assert ar.verify(rewritten(), (ids(3, 9),)).passed
     with pytest.raises(TypeError, match="takes ids"):

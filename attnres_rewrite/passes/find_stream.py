@@ -39,6 +39,7 @@ from attnres_rewrite.passes.carriers import carried_input, carriers_between
 from attnres_rewrite.passes.chains import Chain, classify_adds, link_chains
 from attnres_rewrite.passes.channel_axis import channel_axes
 from attnres_rewrite.passes.reachability import Reachability
+from attnres_rewrite.passes.regions import adds_in, find_regions, refuse_cut_streams
 from attnres_rewrite.passes.scale_invariance import scale_culprits
 from attnres_rewrite.passes.select_chains import Selection, select_chains
 from attnres_rewrite.records import LeftAlone, ResidualStream, StreamSearch, Update
@@ -51,6 +52,7 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
         AlreadyRewrittenError: The model's own code mixes depth by attention.
         PostNormError: Every chain is cut by a norm of the sum.
         ParallelStreamsError: Several chains exchange updates, or the model is known to keep several streams.
+        StreamRegionError: The stream goes through a region under no_grad or autocast.
         NoStreamError: No chain of two or more updates runs to an output.
     """
     _refuse_by_class(gm.graph)
@@ -58,10 +60,12 @@ def find_stream(gm: fx.GraphModule) -> StreamSearch:
     selection = select_chains(link_chains(classify_adds(reach), reach), reach)
     dropped = dict(selection.dropped)
     streams = _described(selection.chains, reach, dropped)
+    regions = find_regions(gm)
+    refuse_cut_streams(regions, streams)
     if not streams:
         raise _no_stream(selection, add_reasons.left_alone(reach, set(), dropped))
     on_stream = {update.add for stream in streams for update in stream.updates}
-    return StreamSearch(streams, add_reasons.left_alone(reach, on_stream, dropped))
+    return StreamSearch(streams, (*add_reasons.left_alone(reach, on_stream, dropped), *adds_in(regions)))
 
 
 _OTHER_DESIGNS = (

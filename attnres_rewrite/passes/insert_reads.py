@@ -47,10 +47,7 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
     Raises:
         AlreadyRewrittenError: The owner has something named attn_res already.
     """
-    taken = {f"{read.owner}.attn_res".lstrip(".") for plan in plans for read in plan.reads}
-    names = [name for name, _ in root.named_modules()] + [name for name, _ in root.named_parameters()]
-    if clash := taken & set(names):
-        raise AlreadyRewrittenError(f"the model has something named {clash.pop()} already; is it rewritten?")
+    refuse_taken_names(root, plans)
     for plan in plans:
         dtype = _parameter_dtype(plan.stream, config)
         root_value = tensor_of(plan.stream.root)
@@ -65,6 +62,15 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
 
 def _parameter_dtype(stream: ResidualStream, config: AttnResConfig) -> torch.dtype:
     return config.param_dtype or torch.promote_types(stream.dtype, torch.float32)
+
+
+def refuse_taken_names(root: nn.Module, plans: Sequence[BlockPlan]) -> None:
+    """Raise AlreadyRewrittenError when a module that reads has something named attn_res, of whatever kind."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for owner in {read.owner for plan in plans for read in plan.reads}:
+        if owner in modules and hasattr(modules[owner], "attn_res"):
+            name = f"{owner}.attn_res".lstrip(".")
+            raise AlreadyRewrittenError(f"the model has something named {name} already; is it rewritten?")
 
 
 def _submodule(root: nn.Module, name: str) -> nn.Module:

@@ -124,6 +124,9 @@ def _owner(readers: Sequence[fx.Node], parents: set[str]) -> str:
     So does a container: in an nn.Sequential, a child more is a layer more.
     """
     modules = list(zip(module_path(readers[0]), module_classes(readers[0]), strict=True))
+    if modules and modules[0][0]:
+        # Dynamo does not name the module that it compiles
+        modules.insert(0, ("", ""))
     if len(modules) > 1 and modules[-1][0] not in parents:
         modules.pop()
     while len(modules) > 1 and modules[-1][1].rpartition(".")[2] in _CONTAINERS:

@@ -1,0 +1,39 @@
+"""What transformers does in a forward that Dynamo cannot trace: refused, and the refusal names the setting."""
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import attnres_rewrite as ar
+
+transformers = pytest.importorskip("transformers")
+ids = torch.arange(3, 19).reshape(2, 8)
+
+
+@pytest.fixture
+def llama():
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    ar.attach(model, ar.AttnResConfig(num_blocks=2))
+    model.compile(backend="attnres", options={"backend": "aot_eager"})
+    return model.train()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_with_a_cache(llama):
+    llama.gradient_checkpointing_enable()
+    with pytest.raises(BackendCompilerFailed, match=r"model\.config\.use_cache = False"):
+        llama(ids, labels=ids)
+    llama.config.use_cache = False
+    llama(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in ar.attnres_parameters(llama))
+
+
+def test_hidden_states(llama):
+    with pytest.raises(BackendCompilerFailed, match="output_hidden_states and output_attentions"):
+        llama(ids, output_hidden_states=True)
+    ar.detach(llama)
+    inputs = {"input_ids": ids, "output_hidden_states": True, "use_cache": False}
+    new = ar.rewrite(llama, (), inputs, config=ar.AttnResConfig(num_blocks=2), dynamic_shapes={}, verify=False)
+    assert len(new(**inputs).hidden_states) == 3
