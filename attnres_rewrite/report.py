@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config, dtype_name
@@ -189,16 +188,6 @@ _BIASED = (
     "the rewritten network does NOT start as the original: recency_bias={} weighs the newest source of each read from "
     "the first step on; with gate=True, or a bias of 0, it would"
 )
-
-
-def place(source_line: str) -> str:
-    """Shorten "file:line" to what tells files apart: below here, or below the packages."""
-    if not source_line:
-        return "?"
-    path = Path(source_line)
-    if "site-packages" in path.parts:
-        return str(Path(*path.parts[path.parts.index("site-packages") + 1 :]))
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else source_line
 
 
 def describe_stream(

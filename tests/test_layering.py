@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 
 # From the bottom up. A module may import its own level and what is below it, but for the EXCEPTIONS.
 LEVELS = (
-    {"errors", "version"},
+    {"errors", "version", "source_lines"},
     {"config", "records", "fxgraph", "inputs", "copying", "mark", "kernels", "functional", "keyed_random"},
     {
         "capture",
@@ -56,7 +56,7 @@ EXCEPTIONS = {
     "verify": PROOFS,
     "lifted": PROOFS,
     "witness": PROOFS,
-    "cli": {"cli", "__init__", "errors", "report", "example_inputs", "diagnosis", "plots"},
+    "cli": {"cli", "__init__", "errors", "source_lines", "report", "example_inputs", "diagnosis", "plots"},
 }
 ONLY_IN = {
     "triton": {"kernels"},

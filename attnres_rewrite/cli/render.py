@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from attnres_rewrite.report import place
+from attnres_rewrite.source_lines import place
 
 if TYPE_CHECKING:
     from attnres_rewrite import Diagnosis, PipelinePlan

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 import attnres_rewrite as ar
-from attnres_rewrite import plots
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
 from attnres_rewrite.errors import ArtifactError, explain
@@ -111,6 +110,8 @@ def _rewritten(
 
 
 def _load_diagnosis(path: Path) -> "ar.Diagnosis":
+    from attnres_rewrite import plots
+
     plots.require_matplotlib()
     learnt = ar.Diagnosis.load(path)
     if not learnt.streams:
@@ -136,6 +137,8 @@ def _refuse_other_model(learnt: "ar.Diagnosis", report: "ar.RewriteReport", path
 
 def _draw(learnt: "ar.Diagnosis") -> dict[str, str]:
     """Draw every plot of a diagnosis as SVG text, by its title."""
+    from attnres_rewrite import plots
+
     with tempfile.TemporaryDirectory() as folder:
         files = plots.save_plots(learnt, folder, formats=("svg",))
         return {_title(file.stem): file.read_text(encoding="utf-8") for file in files}

@@ -23,7 +23,8 @@ from attnres_rewrite.page.forecast import chosen_bytes, forecast
 from attnres_rewrite.page.sketch_after import sketch_after
 from attnres_rewrite.page.sketch_before import sketch_before
 from attnres_rewrite.page.svg import draw
-from attnres_rewrite.report import RewriteReport, place
+from attnres_rewrite.report import RewriteReport
+from attnres_rewrite.source_lines import place
 from attnres_rewrite.version import __version__
 
 TOKEN_COUNTS = (1, 4096, 131072)
