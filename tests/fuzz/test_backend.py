@@ -68,12 +68,16 @@ def check(seed: int) -> None:
             assert (found[1][name] - gradient).abs().max().item() <= LIMIT * largest, name
 
 
-@pytest.mark.parametrize("seed", range(12))
+# those of the first dozen that compile in a few seconds
+QUICK = (0, 2, 5, 7, 9, 11)
+
+
+@pytest.mark.parametrize("seed", QUICK)
 def test_networks(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12, 500))
+@pytest.mark.parametrize("seed", sorted(set(range(500)) - set(QUICK)))
 def test_many_networks(seed: int) -> None:
     check(seed)
