@@ -1,15 +1,12 @@
 """Real processes over gloo on 127.0.0.1: every schedule, losses and all gradients against one process."""
 
+import copy
 import functools
-import os
-import socket
-import traceback
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,6 +16,7 @@ from attnres_rewrite.passes.key_draws import KEY
 from attnres_rewrite.pipeline.stage import by_position
 from tests.networks import VOCAB
 from tests.pipeline.networks import BATCH, BUILDERS, LENGTH, inputs_of, rewritten
+from tests.processes import run_on_ranks
 
 # DualPipeV wants as many as there are stages
 MICROBATCHES = 8
@@ -34,6 +32,14 @@ class Case:
     compiled: bool = False
 
 
+rewritten_once = functools.cache(rewritten)
+
+
+def copy_of(network: str) -> ar.RewrittenModule:
+    """Return a new copy of the network: to rewrite it for every case would take most of the time."""
+    return copy.deepcopy(rewritten_once(network))
+
+
 def loss_of(out, target):
     # T5 returns its encoder's states as well
     logits = out[0] if isinstance(out, tuple) else out
@@ -45,7 +51,7 @@ def compare(num_ranks: int, case: Case) -> float:
     # whole backwards only: torch refuses compiled stages where it splits them
     wrap = functools.partial(torch.compile, backend="aot_eager") if case.compiled else None
     placement = ar.placement_for(case.schedule, case.virtual)
-    plan = ar.partition(rewritten(case.network), num_ranks, case.virtual, placement=placement, mode=case.mode)
+    plan = ar.partition(copy_of(case.network), num_ranks, case.virtual, placement=placement, mode=case.mode)
     sent: dict[int, int] = {}
     pipeline = ar.build_pipeline(
         plan, case.schedule, n_microbatches=MICROBATCHES, device="cpu", loss_fn=loss_of, wrap=wrap
@@ -77,7 +83,7 @@ def compare(num_ranks: int, case: Case) -> float:
 
 def one_process(name: str) -> tuple[torch.nn.Module, list[dict[str, Tensor]]]:
     """Return the network, and what it is given beside its inputs for each microbatch."""
-    new = rewritten(name)
+    new = copy_of(name)
     whole = ar.partition(new, 1).stages[0]
     if KEY not in whole.inputs:
         return new, [{} for _ in range(MICROBATCHES)]
@@ -117,45 +123,17 @@ def logits_of(out):
     return out.logits if hasattr(out, "logits") else out
 
 
-def work(rank: int, num_ranks: int, port: int, cases: list[Case], results: mp.SimpleQueue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
-    try:
-        for case in cases:
-            results.put((case, compare(num_ranks, case)))
-    except BaseException:
-        results.put((None, traceback.format_exc()))
-        # the others wait for this one
-        os._exit(1)
-    dist.destroy_process_group()
-
-
-def run(num_ranks: int, cases: list[Case]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=work, args=(rank, num_ranks, port, cases, results)) for rank in range(num_ranks)]
-    for worker in workers:
-        worker.start()
-    try:
-        for _ in range(num_ranks * len(cases)):
-            case, worst = results.get()
-            assert case is not None, worst
-            assert worst < 1e-12, case
-        for worker in workers:
-            worker.join(30)
-            assert worker.exitcode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
+def compare_all(num_ranks: int, cases: list[Case]) -> None:
+    for case in cases:
+        worst = compare(num_ranks, case)
+        assert worst < 1e-12, (case, worst)
 
 
 @pytest.mark.timeout(300)
 def test_two_processes():
-    run(
+    run_on_ranks(
+        2,
+        compare_all,
         2,
         [
             Case("1F1B", 1, "exact"),
@@ -172,10 +150,11 @@ SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("network", BUILDERS)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_schedule_and_mode(num_ranks, network):
     virtual = {"GPipe": 1, "1F1B": 1}
     modes = ("naive", "paper", "exact")
-    run(num_ranks, [Case(name, virtual.get(name, 2), mode, network) for name in SCHEDULES for mode in modes])
+    cases = [Case(name, virtual.get(name, 2), mode, network) for name in SCHEDULES for mode in modes]
+    run_on_ranks(num_ranks, compare_all, num_ranks, cases)

@@ -1,14 +1,9 @@
 """Two pipelines of two ranks each, side by side, their stages wrapped for data parallelism, against one process."""
 
 import functools
-import os
-import socket
-import traceback
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,6 +13,7 @@ import attnres_rewrite as ar
 from tests.networks import VOCAB
 from tests.pipeline.networks import BATCH, LENGTH, inputs_of, rewritten
 from tests.pipeline.test_build import loss_of
+from tests.processes import run_on_ranks
 
 MICROBATCHES = 4
 PIPELINES = 2
@@ -64,40 +60,14 @@ def difference(pipeline: ar.Pipeline, ids, targets) -> float:
     return worst
 
 
-def work(rank: int, port: int, cases: list[tuple[str, str]], results: mp.SimpleQueue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2 * PIPELINES)
-    try:
-        for case in cases:
-            results.put((case, compare(*case)))
-    except BaseException:
-        results.put((None, traceback.format_exc()))
-        # the others wait for this one
-        os._exit(1)
-    dist.destroy_process_group()
+def compare_all(cases: list[tuple[str, str]]) -> None:
+    for case in cases:
+        worst = compare(*case)
+        assert worst < 1e-12, (case, worst)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stages_in_data_parallel():
     cases = [("ddp", "Interleaved1F1B"), ("fully_shard", "Interleaved1F1B"), ("fully_shard", "ZBVZeroBubble")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=work, args=(rank, port, cases, results)) for rank in range(2 * PIPELINES)]
-    for worker in workers:
-        worker.start()
-    try:
-        for _ in range(len(workers) * len(cases)):
-            case, worst = results.get()
-            assert case is not None, worst
-            assert worst < 1e-12, case
-        for worker in workers:
-            worker.join(30)
-            assert worker.exitcode == 0
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_on_ranks(2 * PIPELINES, compare_all, cases)

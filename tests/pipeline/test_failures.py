@@ -1,7 +1,6 @@
 """One rank of two fails or dies: both end, with its error."""
 
 import os
-import socket
 import time
 
 import pytest
@@ -12,6 +11,7 @@ import torch.multiprocessing as mp
 import attnres_rewrite as ar
 from attnres_rewrite.errors import PipelineFailedError
 from tests.pipeline.networks import rewritten
+from tests.processes import start_ranks
 
 ids = torch.zeros(4, 6, dtype=torch.long)
 
@@ -26,10 +26,8 @@ def break_down(pipeline: ar.Pipeline, how: str, rank: int) -> None:
         pipeline.stages[0].submod.forward = fail
 
 
-def work(rank: int, port: int, how: str, results: mp.SimpleQueue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def work(how: str, results: mp.SimpleQueue) -> None:
+    rank = dist.get_rank()
     pipeline = ar.build_pipeline(
         ar.partition(rewritten("gpt"), 2),
         "1F1B",
@@ -48,14 +46,8 @@ def work(rank: int, port: int, how: str, results: mp.SimpleQueue) -> None:
 
 
 def run(how: str) -> dict[int, tuple[type, str, str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=work, args=(rank, port, how, results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
+    results = mp.get_context("spawn").SimpleQueue()
+    workers = start_ranks(2, work, how, results)
     try:
         for worker in workers:
             worker.join(120)
