@@ -1,7 +1,8 @@
-"""What runs an operation, a Triton kernel or plain PyTorch; why; and how often it did.
+"""What runs an operation, a kernel or plain PyTorch; why; and how often it did.
 
-Plain PyTorch is the meaning, and what a CPU runs. On a GPU it runs only where `why_not_triton` has a reason, which
-is counted under that reason and warned of once.
+Plain PyTorch is the meaning. On a GPU Triton kernels run instead, and on a CPU C++ kernels, but there under
+torch.compile alone, which needs a C++ compiler anyway. `why_no_kernel` has the reason where they do not; it is counted,
+and warned of once where it is on a GPU.
 """
 
 import warnings
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from attnres_rewrite.kernels.checks import MAX_SOURCES, MAX_WIDTH
+from attnres_rewrite.kernels.cpu_library import prepare
 
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _HAS_TRITON = find_spec("triton") is not None
@@ -26,7 +28,7 @@ def launches() -> Mapping[str, int]:
 
     Kernels are named as their files are: "read.forward", "merge.backward". An eager call that ran as plain PyTorch
     counts as "read: plain (cpu)", with the reason in parentheses; a variant as "variant_read: plain (no kernel for
-    num_heads=4)". Code that Inductor compiled is not counted.
+    num_heads=4)". Those of a CPU end in "(C++)". Code that Inductor compiled is not counted.
     """
     return dict(_counts)
 
@@ -41,16 +43,21 @@ def count(name: str) -> None:
     _counts[name] += 1
 
 
-def runs_triton(operation: str, tensors: Sequence[Tensor], update: Tensor | None = None) -> bool:
-    """Say whether the Triton kernels take these tensors [..., D]; count and warn when a GPU runs plain PyTorch.
+def runs_kernel(operation: str, tensors: Sequence[Tensor], update: Tensor | None = None) -> bool:
+    """Say whether the kernels take these tensors [..., D]; count and warn when a GPU runs plain PyTorch.
 
     The tensors must be of one dtype; an `update` that is added to them may have another, as under autocast.
     """
-    reason = why_not_triton(tensors, update)
+    reason = why_not_kernel(tensors, update)
     if reason is None:
         return True
     _count_plain(operation, reason, tensors[0])
     return False
+
+
+def is_for_cpp(tensor: Tensor) -> bool:
+    """Say whether the kernel for this tensor is the one in C++."""
+    return tensor.device.type == "cpu"
 
 
 def note_variant(tensor: Tensor, num_heads: int, key_rank: int | None, recency_bias: float) -> None:
@@ -71,7 +78,7 @@ def _is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
-def why_not_triton(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
+def why_not_kernel(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
     """Return why the kernels cannot take these tensors [..., D], or None."""
     first = tensors[0]
     reason = why_no_kernel(first.device, first.dtype, len(tensors), first.shape[-1])
@@ -87,9 +94,11 @@ def why_not_triton(tensors: Sequence[Tensor], update: Tensor | None = None) -> s
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, width: int) -> str | None:
     """Return why no kernel mixes `num_sources` tensors of `width` channels on this device in this dtype, or None."""
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         return device.type
-    if not _HAS_TRITON:
+    if device.type == "cpu" and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        return "cpu"
+    if device.type == "cuda" and not _HAS_TRITON:
         return "triton is not installed"
     if dtype not in _KERNEL_DTYPES:
         return str(dtype).removeprefix("torch.")
@@ -97,6 +106,8 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, wi
         return f"{num_sources} sources, kernels take {MAX_SOURCES}"
     if width > MAX_WIDTH:
         return f"{width} channels, kernels take {MAX_WIDTH}"
+    if device.type == "cpu" and not prepare(dtype):
+        return "cpu, no C++ compiler"
     return None
 
 

@@ -14,7 +14,6 @@ with several heads or sliced keys stay direct.
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from attnres_rewrite.config import Schedule
@@ -108,23 +107,20 @@ def _split(graph: fx.Graph, reads: Sequence[fx.Node]) -> None:
         queries = [_again(graph, read.args[1]) for read in reads]
         gains = [_again(graph, read.kwargs["key_norm"]) for read in reads]
         key_norms = None if gains[0] is None else gains
-        inter = graph.call_function(
-            inter_block, (list(finished), queries), {"key_norms": key_norms, "eps": reads[0].kwargs["eps"]}
-        )
+        factors = [_factor(read) if _is_finished(read, finished) else 1.0 for read in reads]
+        options = {"key_norms": key_norms, "eps": reads[0].kwargs["eps"], "factors": factors}
+        inter = graph.call_function(inter_block, (list(finished), queries), options)
         inter.meta = place_meta(reads[0])
         outs, lses = (graph.call_function(operator.getitem, (inter, index)) for index in range(2))
     for position, read in enumerate(reads):
         with graph.inserting_before(read):
             mix = graph.call_function(operator.getitem, (outs, position))
-            factor = len(_sources(read)) if read.kwargs["output"] == "sum" else 1
-            if len(_sources(read)) > len(finished):
+            if not _is_finished(read, finished):
                 lse = graph.call_function(operator.getitem, (lses, position))
                 if _bias(read):
                     lse = graph.call_function(with_recency_bias, (lse,), {"recency_bias": _bias(read)})
-                options = {"key_norm": gains[position], "eps": read.kwargs["eps"], "factor": float(factor)}
+                options = {"key_norm": gains[position], "eps": read.kwargs["eps"], "factor": _factor(read)}
                 mix = graph.call_function(merge, (mix, lse, _sources(read)[-1], queries[position]), options)
-            elif factor > 1:
-                mix = graph.call_function(torch.ops.aten.mul.Tensor, (mix, factor))
         mix.meta = dict(read.meta)
         read.replace_all_uses_with(mix)
     for read in reads:
@@ -133,6 +129,15 @@ def _split(graph: fx.Graph, reads: Sequence[fx.Node]) -> None:
         for node in parameters:
             if not node.users:
                 graph.erase_node(node)
+
+
+def _is_finished(read: fx.Node, finished: Sequence[fx.Node]) -> bool:
+    """Say whether phase 1 is all of a read: nothing is merged into its mix."""
+    return len(_sources(read)) == len(finished)
+
+
+def _factor(read: fx.Node) -> float:
+    return float(len(_sources(read))) if read.kwargs["output"] == "sum" else 1.0
 
 
 def _again(graph: fx.Graph, node: object) -> fx.Node | None:

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from attnres_rewrite.kernels.inter_block.op import inter_block_by_kernel
 from attnres_rewrite.kernels.merge.op import add_merge_norm_by_kernel
-from attnres_rewrite.kernels.routes import launches, reset_launches
-from tests.kernels.budget import drawn
+from attnres_rewrite.kernels.routes import reset_launches
+from tests.kernels.budget import drawn, launched
+
+pytestmark = pytest.mark.usefixtures("language")
 
 TOKENS, WIDTH, NUM_READS = 6, 20, 3
 
@@ -42,7 +44,7 @@ def test_phase_1_results_are_made_again_once_a_block():
     assert len(rows) <= NUM_READS + 2
     reset_launches()
     ours = torch.autograd.grad(out.square().sum(), inputs)
-    assert launches() == {"inter_block.forward": 1, "add_merge_norm.backward": 3, "inter_block.backward": 1}
+    assert launched() == {"inter_block.forward": 1, "add_merge_norm.backward": 3, "inter_block.backward": 1}
     theirs = torch.autograd.grad(block(inputs).square().sum(), inputs)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)

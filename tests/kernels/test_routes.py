@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel, why_not_triton
+from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel, why_not_kernel
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -24,7 +24,7 @@ def test_why_no_kernel(arguments, reason):
 
 
 def test_tensors_on_a_cpu_are_no_work_for_a_kernel():
-    assert why_not_triton([torch.zeros(2, 8)]) == "cpu"
+    assert why_not_kernel([torch.zeros(2, 8)]) == "cpu"
 
 
 @pytest.mark.parametrize(

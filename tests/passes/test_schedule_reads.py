@@ -54,9 +54,11 @@ def test_the_reads_of_a_block_share_phase_1():
 
 def test_a_finished_block_needs_no_merge_only_the_number_of_its_sources():
     new = rewrite(gpt_of(read_by_a_linear, depth=4), block_size=2, schedule="two_phase")
-    scales = [node for node in new.graph.nodes if node.target is torch.ops.aten.mul.Tensor and "attn_res" in node.meta]
-    assert [node.args[1] for node in scales] == [2, 3]
-    assert all(node.args[0].target is operator.getitem for node in scales)
+    phases = [node for node in new.graph.nodes if node.target is inter_block]
+    # the first read of a block has nothing to merge
+    assert [node.kwargs["factors"] for node in phases] == [[1.0], [2.0, 1.0], [3.0]]
+    reads = [node for node in new.graph.nodes if "attn_res" in node.meta]
+    assert {node.target for node in reads} == {operator.getitem, merge}
 
 
 def test_direct_leaves_every_read_as_it_is():

@@ -1,6 +1,7 @@
 """The backward kernels of phase 1: all source gradients in one pass, the probes' in a fixed order.
 
-With w_qn the softmax weight, g_q and dlse_q the gradients of mix and lse, and L_qn = rstd_n * (src_n . probe_q):
+With w_qn the softmax weight, g_q the gradient of the mix times the factor of the mix, dlse_q the gradient of lse, and
+L_qn = rstd_n * (src_n . probe_q):
 
     dL_qn   = w_qn * (g_q . src_n - sum_m w_qm * (g_q . src_m) + dlse_q)
     dsrc_n  = sum_q w_qn * g_q + sum_q z_qn * probe_q - c_n * src_n
@@ -35,7 +36,7 @@ MAX_PARTIAL_BYTES = 64 * 2**20
 @triton.jit
 def scalars_kernel(
     sources, strides, grads, grad_strides, sizes,  # N and G rows [T, D] of any strides; G is Q or 0
-    rstd_TN, logit_TNQ, dlse_QT,
+    rstd_TN, logit_TNQ, dlse_QT, factors,  # Q factors of the mixes
     weight_TNQ, z_TNQ, c_TN,
     num_tokens,
     N: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
@@ -55,13 +56,15 @@ def scalars_kernel(
             dots = tl.dot(grad, value, dots, input_precision="ieee")
     inside = (n < N)[None, :] & (q < Q)[:, None]
     weight, logit, _, _ = softmax_of_token(logit_TNQ, t, n, q, N, Q)
+    factor = pick_each(factors, q, Q, 1, 0)[:, None]
+    dots *= factor
     pull = tl.sum(weight * dots, 1)
     dlse = tl.load(dlse_QT + q.to(tl.int64) * num_tokens + t, q < Q, 0.0)
     rstd = tl.load(rstd_TN + t * N + n, n < N, 0.0)
     z = weight * (dots + (dlse - pull)[:, None]) * rstd[None, :]
     c = tl.sum(z * logit, 0) * rstd / D
     here = (t * N + n)[None, :] * Q + q[:, None]
-    tl.store(weight_TNQ + here, weight, inside)
+    tl.store(weight_TNQ + here, weight * factor, inside)
     tl.store(z_TNQ + here, z, inside)
     tl.store(c_TN + t * N + n, c, n < N)
 
@@ -119,6 +122,7 @@ def inter_block_backward(
     probes: Tensor,
     rstd: Tensor,
     logit: Tensor,
+    factors: Sequence[float],
 ) -> tuple[list[Tensor], Tensor]:
     """Launch both kernels; `rstd` and `logit` are those of logits_forward.
 
@@ -129,6 +133,7 @@ def inter_block_backward(
         probes: float32 [Q, D].
         rstd: float32 [T, N].
         logit: float32 [T, N, Q].
+        factors: Of the Q mixes.
 
     Returns:
         The gradients of the sources, contiguous [..., D], and of the probes, float32 [Q, D].
@@ -153,7 +158,9 @@ def inter_block_backward(
         }  # fmt: skip
         tensors = (tuple(sources), strides, tuple(grads), grad_strides, rows.sizes)
         weight, z, c = torch.empty_like(logit), torch.empty_like(logit), torch.empty_like(rstd)
-        scalars_kernel[(rows.num_rows,)](*tensors, rstd, logit, dlse, weight, z, c, rows.num_rows, **shared)
+        scalars_kernel[(rows.num_rows,)](
+            *tensors, rstd, logit, dlse, tuple(factors), weight, z, c, rows.num_rows, **shared
+        )
         parts = parts_of(probes, sources[0].dtype)
         rows_kernel[(triton.cdiv(width, shared["BD"]), num_programs)](
             *tensors, parts, weight, z, c, tuple(dsources), dprobe, rows.num_rows, tokens_per_program,

@@ -81,7 +81,7 @@ def logit_kernel(
 
 @triton.jit
 def mix_kernel(
-    sources, strides, sizes, logit_TNQ,
+    sources, strides, sizes, logit_TNQ, factors,  # Q factors of the mixes
     outs, lse_QT,  # contiguous
     num_tokens, chunks_per_program,
     N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
@@ -93,6 +93,7 @@ def mix_kernel(
     weight, _, top, total = softmax_of_token(logit_TNQ, t, n, q, N, Q)
     if tl.program_id(1) == 0:
         tl.store(lse_QT + q.to(tl.int64) * num_tokens + t, top + tl.log(total), q < Q)
+    weight *= pick_each(factors, q, Q, 1, 0)[:, None]
     row = pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK)
     out = pick_each(outs, q, Q, 1, 0) + t * D
     for chunk in tl.range(0, chunks_per_program):
@@ -150,11 +151,11 @@ def logits_forward(sources: Sequence[Tensor], probes: Tensor, eps: float) -> tup
     return rstd, logit
 
 
-def mix_forward(sources: Sequence[Tensor], logit: Tensor) -> tuple[list[Tensor], Tensor]:
+def mix_forward(sources: Sequence[Tensor], logit: Tensor, factors: Sequence[float]) -> tuple[list[Tensor], Tensor]:
     """Launch the second kernel on the logits of the first.
 
     Returns:
-        Q mixes, contiguous [..., D], and float32 lse [Q, T].
+        Q mixes times their factors, contiguous [..., D], and float32 lse [Q, T].
     """
     rows, width, num_queries = rows_of(sources), sources[0].shape[-1], logit.shape[-1]
     outs = [torch.empty(source.shape, dtype=source.dtype, device=source.device) for source in sources[:1] * num_queries]
@@ -166,7 +167,7 @@ def mix_forward(sources: Sequence[Tensor], logit: Tensor) -> tuple[list[Tensor],
         # few tokens: share the chunks of one among several programs
         shares = min(triton.cdiv(width, BD), triton.cdiv(MAX_PROGRAMS, rows.num_rows))
         mix_kernel[(rows.num_rows, shares)](
-            tuple(sources), rows.strides, rows.sizes, logit, tuple(outs), lse,
+            tuple(sources), rows.strides, rows.sizes, logit, tuple(factors), tuple(outs), lse,
             rows.num_rows, triton.cdiv(triton.cdiv(width, BD), shares),
             N=len(sources), Q=num_queries, D=width, RANK=rows.rank,
             BN=BN, BQ=BQ, BD=BD, PRECISION=PRECISIONS[sources[0].dtype], **resources(max(BN, BQ)),

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from attnres_rewrite.kernels.merge import reference
+from attnres_rewrite.kernels.merge import cpu, reference
 from attnres_rewrite.kernels.probes import probe_of
-from attnres_rewrite.kernels.routes import runs_triton
+from attnres_rewrite.kernels.routes import is_for_cpp, runs_kernel
 
 
 @fx.wrap
@@ -22,7 +22,7 @@ def merge(
     inter_out: Tensor, lse: Tensor, partial: Tensor, query: Tensor, key_norm: Tensor | None, eps: float, factor: float
 ) -> Tensor:
     """Merge the partial sum into a phase-1 result; see reference.merge for the formula, shapes and dtypes."""
-    if runs_triton("merge", [inter_out, partial]):
+    if runs_kernel("merge", [inter_out, partial]):
         return merge_by_kernel(inter_out, lse, partial, query, key_norm, eps, factor)
     return reference.merge(inter_out, lse, partial, query, key_norm, eps, factor)
 
@@ -49,7 +49,7 @@ def add_merge_norm(
     norm: str,
 ) -> tuple[Tensor, Tensor]:
     """Add, merge and normalise; see reference.add_merge_norm for the formula, shapes and dtypes."""
-    by_kernel = runs_triton("add_merge_norm", [partial, inter_out], update)
+    by_kernel = runs_kernel("add_merge_norm", [partial, inter_out], update)
     run = add_merge_norm_by_kernel if by_kernel else reference.add_merge_norm
     return run(partial, update, inter_out, lse, query, key_norm, norm_weight, norm_bias, norm_eps, eps, factor, norm)
 
@@ -57,7 +57,7 @@ def add_merge_norm(
 def merge_by_kernel(
     inter_out: Tensor, lse: Tensor, partial: Tensor, query: Tensor, key_norm: Tensor | None, eps: float, factor: float
 ) -> Tensor:
-    """Return the merge [..., D] from the Triton kernel."""
+    """Return the merge [..., D] from the kernel."""
     probe = probe_of(query, key_norm)
     return torch.ops.attnres.merge(partial, None, inter_out, lse, probe, None, None, "none", 0.0, eps, factor)[1]
 
@@ -76,7 +76,7 @@ def add_merge_norm_by_kernel(
     factor: float,
     norm: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the new partial sum and the normed mix [..., D] from the Triton kernel."""
+    """Return the new partial sum and the normed mix [..., D] from the kernel."""
     probe = probe_of(query, key_norm)
     weight, bias = (vector if vector is None else vector.contiguous() for vector in (norm_weight, norm_bias))
     if norm_eps is None:
@@ -105,6 +105,10 @@ def _merge(
 
     Without an update the first is empty: an op must not return its input.
     """
+    if is_for_cpp(partial):
+        return cpu.merge_forward(
+            partial, update, inter_out, lse, probe, norm_weight, norm_bias, norm, norm_eps, eps, factor
+        )
     from attnres_rewrite.kernels.merge.triton_forward import merge_forward
 
     return merge_forward(partial, update, inter_out, lse, probe, norm_weight, norm_bias, norm, norm_eps, eps, factor)
@@ -133,6 +137,10 @@ def _merge_backward(
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the sum, inter_out, lse and the vectors; see triton_backward.merge_backward."""
+    if is_for_cpp(total):
+        return cpu.merge_backward(
+            grad_total, grad, total, inter_out, lse, probe, norm_weight, has_bias, stats, norm, factor
+        )
     from attnres_rewrite.kernels.merge.triton_backward import merge_backward
 
     return merge_backward(grad_total, grad, total, inter_out, lse, probe, norm_weight, has_bias, stats, norm, factor)

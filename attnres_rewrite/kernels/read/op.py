@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from attnres_rewrite.kernels.probes import probe_of
-from attnres_rewrite.kernels.read import reference
-from attnres_rewrite.kernels.routes import runs_triton
+from attnres_rewrite.kernels.read import cpu, reference
+from attnres_rewrite.kernels.routes import is_for_cpp, runs_kernel
 
 
 @fx.wrap
@@ -19,7 +19,7 @@ def block_attn_res(
     sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, output: str
 ) -> Tensor:
     """Mix the sources of one state; see reference.block_attn_res for the formula, shapes and dtypes."""
-    if runs_triton("read", sources):
+    if runs_kernel("read", sources):
         return read_by_kernel(sources, query, key_norm, eps, output)[0]
     return reference.block_attn_res(sources, query, key_norm, eps, output)
 
@@ -28,7 +28,7 @@ def read_with_weights(
     sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, output: str
 ) -> tuple[Tensor, Tensor]:
     """Return the mix, and the softmax weights [..., S], detached."""
-    if runs_triton("read", sources):
+    if runs_kernel("read", sources):
         return read_by_kernel(sources, query, key_norm, eps, output)
     with torch.no_grad():
         weights = reference.weights_of(sources, query, key_norm, eps)
@@ -38,7 +38,7 @@ def read_with_weights(
 def read_by_kernel(
     sources: Sequence[Tensor], query: Tensor, key_norm: Tensor | None, eps: float, output: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the mix [..., D] and the softmax weights [..., S], float32 and detached, from the Triton kernel."""
+    """Return the mix [..., D] and the softmax weights [..., S], float32 and detached, from the kernel."""
     factor = float(len(sources)) if output == "sum" else 1.0
     out, _, logit = torch.ops.attnres.read(list(sources), probe_of(query, key_norm), eps, factor)
     weights = torch.softmax(logit.detach(), -1).reshape(*out.shape[:-1], len(sources))
@@ -48,6 +48,8 @@ def read_by_kernel(
 @torch.library.custom_op("attnres::read", mutates_args=())
 def read(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mix [..., D], rstd [T, S] and logits [T, S]; see triton_forward.read_forward."""
+    if is_for_cpp(probe):
+        return cpu.read_forward(sources, probe, eps, factor)
     from attnres_rewrite.kernels.read.triton_forward import read_forward
 
     return read_forward(sources, probe, eps, factor)
@@ -66,6 +68,8 @@ def read_backward(
     grad: Tensor, sources: list[Tensor], probe: Tensor, rstd: Tensor, logit: Tensor, factor: float
 ) -> tuple[list[Tensor], Tensor]:
     """Return the gradients of the sources and of the probe; see triton_backward.read_backward."""
+    if is_for_cpp(probe):
+        return cpu.read_backward(grad, sources, probe, rstd, logit, factor)
     from attnres_rewrite.kernels.read import triton_backward
 
     return triton_backward.read_backward(grad, sources, probe, rstd, logit, factor)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from attnres_rewrite.kernels.inter_block import op, reference, triton_backward
-from attnres_rewrite.kernels.routes import launches, reset_launches
-from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn
+from attnres_rewrite.kernels.routes import reset_launches
+from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn, launched
+
+pytestmark = pytest.mark.usefixtures("language")
 
 # one stress a case (N, Q, D, ...): odd D, one source, many sources, many queries, no tokens, more tokens than a tile
 SIZES = [
@@ -31,7 +33,9 @@ def operations(num_sources, num_queries):
     def over_list(inter_block):
         def operation(inputs):
             sources, parameters = inputs[:num_sources], inputs[num_sources:]
-            outs, lses = inter_block(sources, parameters[:num_queries], parameters[num_queries:], 1e-6)
+            # the factor of a read is the number of its sources, and one has the factor 1
+            factors = [1.0 + 0.5 * q if num_sources > 1 else 1.0 for q in range(num_queries)]
+            outs, lses = inter_block(sources, parameters[:num_queries], parameters[num_queries:], 1e-6, factors)
             return [*outs, *lses]
 
         return operation
@@ -147,7 +151,7 @@ def test_the_custom_ops_are_sound():
     torch.library.opcheck(
         torch.ops.attnres.inter_logits.default, ([s.detach() for s in sources], probes.detach(), 1e-6)
     )
-    torch.library.opcheck(torch.ops.attnres.inter_block.default, (sources, probes, *scalars))
+    torch.library.opcheck(torch.ops.attnres.inter_block.default, (sources, probes, *scalars, [2.0] * len(probes)))
     torch.library.opcheck(torch.ops.attnres.inter_block_of_one.default, (sources[0], probes, 1e-6))
 
 
@@ -168,10 +172,10 @@ def test_launches_are_counted_and_a_cpu_runs_plain_pytorch():
     kernel, _ = operations(2, 1)
     inputs = inputs_of(2, 1, 20, (4,))
     torch.autograd.grad(sum(out.sum() for out in kernel(inputs)), inputs)
-    assert launches() == {"inter_block.logits": 1, "inter_block.forward": 1, "inter_block.backward": 1}
+    assert launched() == {"inter_block.logits": 1, "inter_block.forward": 1, "inter_block.backward": 1}
     first, second, query, gain = (value.cpu() for value in inputs)
     op.inter_block([first, second], [query], [gain], 1e-6)
-    assert launches()["inter_block: plain (cpu)"] == 1
+    assert launched()["inter_block: plain (cpu)"] == 1
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -179,4 +183,4 @@ def test_a_gpu_runs_the_kernels():
     reset_launches()
     *sources, query, gain = inputs_of(3, 1, 20, (4,))
     op.inter_block(sources, [query], [gain], 1e-6)
-    assert launches() == {"inter_block.logits": 1, "inter_block.forward": 1}
+    assert launched() == {"inter_block.logits": 1, "inter_block.forward": 1}

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from attnres_rewrite.kernels.merge import op, reference
-from attnres_rewrite.kernels.routes import launches, reset_launches
-from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn, run
+from attnres_rewrite.kernels.routes import reset_launches
+from tests.kernels.budget import DEVICE, DTYPES, assert_within_twice_rounding, drawn, launched, run
+
+pytestmark = pytest.mark.usefixtures("language")
 
 # one stress a case: odd D, leading dimensions, a row as wide as a big model's, no tokens, one token, many tokens.
 # The gradient of lse has one value a token: fewer tokens would compare the luck of a few roundings
@@ -207,10 +209,10 @@ def test_launches_are_counted_and_a_cpu_runs_plain_pytorch():
     # the sum alone hands its gradient on: nothing is launched
     torch.autograd.grad(total.sum(), fused_inputs[:2])
     kernels = ("merge.forward", "merge.backward", "add_merge_norm.forward", "add_merge_norm.backward")
-    assert launches() == dict.fromkeys(kernels, 1)
+    assert launched() == dict.fromkeys(kernels, 1)
     op.merge(*(value.cpu() for value in inputs), 1e-6, 9.0)
     fused(op.add_merge_norm)([value.cpu() for value in fused_inputs])
-    assert launches()["merge: plain (cpu)"] == launches()["add_merge_norm: plain (cpu)"] == 1
+    assert launched()["merge: plain (cpu)"] == launched()["add_merge_norm: plain (cpu)"] == 1
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
@@ -218,7 +220,7 @@ def test_a_gpu_runs_the_kernels():
     reset_launches()
     op.merge(*inputs_of(20, (4,), torch.float32), 1e-6, 9.0)
     fused(op.add_merge_norm)(fused_inputs_of(20, (4,), torch.float32))
-    assert launches() == {"merge.forward": 1, "add_merge_norm.forward": 1}
+    assert launched() == {"merge.forward": 1, "add_merge_norm.forward": 1}
 
 
 def test_an_update_of_autocast_has_another_dtype():
