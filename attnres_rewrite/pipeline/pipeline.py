@@ -1,6 +1,6 @@
 """Pipeline: what one rank runs, step by step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,15 @@ class Pipeline:
     store: RankStore
     tied: tuple[TiedParameter, ...]
     n_microbatches: int
+    examples: Mapping[str, Tensor]  # meta tensors of what the stages of all ranks take from the user, one microbatch
+    has_loss: bool
 
     def step(
         self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
     ) -> tuple[Any, ...] | Any | None:
         """Run forward and backward of one batch, as `schedule.step` does, on every rank.
+
+        Gradients are added to those that are there; the model runs forward alone when there is no loss.
 
         Args:
             args: The inputs of the first stage, [n_microbatches * B, ...] where B is the batch of a microbatch; none
@@ -45,33 +49,96 @@ class Pipeline:
             kwargs: Inputs that later stages take, by name, on every rank.
 
         Returns:
-            The outputs of all microbatches on the rank of the last stage, None elsewhere.
+            The outputs of all microbatches on the rank of the last stage, None elsewhere; None there, too, where one
+            output is a scalar and has no batch to be joined along.
 
         Raises:
-            ValueError: An input does not have the size of the plan's microbatches times their number.
+            TypeError: An input is not a tensor.
+            ValueError: An input is missing, is taken by no stage, or does not have the size of the plan's microbatches
+                times their number; or the target is missing or cannot be divided.
             PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
         """
+        if self.has_loss:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    # at the end of the step torch divides all that is there, not only what the step has added
+                    parameter.grad.mul_(self.n_microbatches)
+        return self._run(self.schedule.step, args, target, losses, kwargs)
+
+    @torch.no_grad()
+    def evaluate(
+        self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...] | Any | None:
+        """Run one batch forward alone, and its losses if there is a loss; everything else is as in `step`.
+
+        The stages are those of the mode that the model was in when it was partitioned: dropout stays as it is there.
+        What the steps draw does not change by it.
+        """
+        try:
+            return self._run(self.schedule.eval, args, target, losses, kwargs)
+        finally:
+            for stage in self.stages:
+                stage.step -= 1
+
+    def _run(
+        self,
+        schedule: Callable[..., Any],
+        args: tuple[Any, ...],
+        target: Any,
+        losses: list[Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
         with ending_together():
             has_first, has_last = (
                 any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last")
             )
-            if has_first:
-                self._check_inputs(args)
+            self._check_inputs(args if has_first else (), kwargs)
+            if has_last:
+                self._check_target(target, losses)
             target, losses = (target, losses) if has_last else (None, None)
-            return self.schedule.step(*(args if has_first else ()), target=target, losses=losses, **kwargs)
+            options = kwargs | {"return_outputs": not any(stage.returns_scalars for stage in self.stages)}
+            return schedule(*(args if has_first else ()), target=target, losses=losses, **options)
 
-    def _check_inputs(self, args: Sequence[Any]) -> None:
-        first = next(stage for stage in self.stages if stage.is_first)
-        examples = dict(zip(by_position(first.inputs), first.input_examples, strict=True))
-        if len(args) != len(examples):
-            raise ValueError(f"the first stage takes {', '.join(examples)}, and {len(args)} inputs were given")
-        for (name, example), value in zip(examples.items(), args, strict=True):
-            wanted = (example.shape[0] * self.n_microbatches, *example.shape[1:]) if example.ndim else ()
-            if tuple(value.shape) != wanted:
+    def _check_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        given = dict(kwargs)
+        for stage in self.stages:
+            names = by_position(stage.inputs)
+            if stage.is_first and len(args) != len(names):
                 raise ValueError(
-                    f"{name} is {tuple(value.shape)}: {self.n_microbatches} microbatches of "
-                    f"{tuple(example.shape)}, the example inputs of the plan, are {wanted}"
+                    f"the first stage takes {', '.join(names)} by position, and {len(args)} inputs were given so"
                 )
+            if stage.is_first:
+                given |= zip(names, args, strict=True)
+            elif missing := [name for name in names if name not in kwargs]:
+                raise ValueError(f"stage {stage.stage_index} takes {', '.join(missing)}: give it by name on this rank")
+        if unknown := [name for name in given if name not in self.examples]:
+            raise ValueError(
+                f"no stage takes {', '.join(unknown)}; the inputs are {', '.join(self.examples)}. "
+                "What the model was rewritten without, or ignores, has no place here."
+            )
+        for name, value in given.items():
+            self._check_input(name, value)
+
+    def _check_input(self, name: str, value: Any) -> None:
+        example = self.examples[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a tensor")
+        if not example.ndim:
+            raise ValueError(f"{name} is one number: torch cannot cut it into microbatches. Give it a batch dimension")
+        wanted = (example.shape[0] * self.n_microbatches, *example.shape[1:])
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}: {self.n_microbatches} microbatches of "
+                f"{tuple(example.shape)}, the example inputs of the plan, are {wanted}"
+            )
+
+    def _check_target(self, target: Any, losses: list[Tensor] | None) -> None:
+        if not self.has_loss and losses is not None:
+            raise ValueError("losses are asked for, and there is no loss_fn: give one to build_pipeline")
+        if self.has_loss and target is None:
+            raise ValueError("the loss needs a target on the rank of the last stage: step(..., target=...)")
+        if isinstance(target, Tensor) and (not target.ndim or target.shape[0] % self.n_microbatches):
+            raise ValueError(f"the target is {tuple(target.shape)}: not {self.n_microbatches} equal microbatches")
 
     def seed_draws(self, seed: int, step: int = 0) -> None:
         """Seed dropout and other random draws, and say which step comes next; every rank gives the same.

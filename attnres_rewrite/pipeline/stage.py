@@ -139,6 +139,7 @@ class BlockCacheStage(PipelineStage):
         group: Processes of the pipeline; None is all.
 
     Attributes:
+        returns_scalars: The model returns something without a batch dimension.
         seed: Of the random numbers.
         step: Counts the steps begun, from 0; what a microbatch draws follows from seed, step and its number.
     """
@@ -168,7 +169,8 @@ class BlockCacheStage(PipelineStage):
             output_args=output_args if is_last else tuple(examples[name] for name in routes.sent),
             group=group,
         )
-        self.routes, self.store, self.inputs, self.input_examples = routes, store, inputs, input_args
+        self.routes, self.store, self.inputs = routes, store, inputs
+        self.returns_scalars = is_last and any(not example.ndim for example in output_args)
         self.seed, self.step = 0, -1
         self._trainable = {name for name, example in examples.items() if example.requires_grad}
         self._forward_microbatch = self._backward_microbatch = -1
@@ -271,6 +273,20 @@ class BlockCacheStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, *rest, **options)
         finally:
             self._backward_microbatch = -1
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        """Hand nothing to a stage before on the same rank when there is no backward; torch does not ask whether."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take the gradients of a stage behind on the same rank, if there is a backward."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """Divide the gradients by the number of microbatches, if there was a backward; torch does so without one."""
+        if self.has_backward:
+            super().scale_grads(grad_scale_factor)
 
     def clear_runtime_states(self) -> None:
         """Begin a step: forget what an earlier one may have left."""
