@@ -160,7 +160,8 @@ class Pipeline:
         """Return the parameters and buffers of this rank's stages, under the names they have in the model.
 
         The dicts of all ranks together are a state dict of the rewritten model. The tensors are the stages' own, so
-        torch.distributed.checkpoint saves them and loads into them.
+        torch.distributed.checkpoint saves them and loads into them; give what it loaded to `load_state_dict`, as a
+        tied parameter has several copies on a rank, and one of them is here.
 
         Args:
             optimizer: Of these parameters: its state is in the dict as well, as "optimizer.NAME.KEY". Before its first
@@ -172,20 +173,31 @@ class Pipeline:
         if optimizer is not None:
             _make_state(optimizer)
             for name, parameter in self.named_parameters():
-                found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+                state = optimizer.state.get(parameter, {})
+                found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         return found
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load this rank's share of a state dict of the rewritten model, or of what `state_dict` returned.
 
+        Args:
+            state: What to load.
+            optimizer: Of these parameters; `state` is one that `state_dict` returned with an optimizer.
+
         Raises:
-            KeyError: The state dict lacks something that a stage of this rank has.
+            KeyError: The state dict lacks something that a stage of this rank, or the optimizer, has.
         """
-        for stage in self.stages:
-            own = stage.submod.state_dict()
-            with torch.no_grad():
-                for name, value in own.items():
+        with torch.no_grad():
+            for stage in self.stages:
+                for name, value in stage.submod.state_dict().items():
                     value.copy_(state[model_name(name)])
+            if optimizer is not None:
+                _make_state(optimizer)
+                for name, parameter in self.named_parameters():
+                    own = optimizer.state.get(parameter, {})
+                    for key, value in own.items():
+                        saved = state[f"optimizer.{name}.{key}"]
+                        own[key] = value.copy_(saved) if isinstance(value, Tensor) else saved
 
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
@@ -205,18 +217,23 @@ class Pipeline:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that an optimizer makes in its first step, by one that changes nothing."""
+    """Make the state that an optimizer makes in its first step, by one that changes nothing and does not count."""
     if optimizer.state:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    kept = [{name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups]
+    gradients = {parameter: parameter.grad for group in optimizer.param_groups for parameter in group["params"]}
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group |= dict.fromkeys(options, 0.0)
+    for parameter in gradients:
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group |= options
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
 
 
 def _local(gradient: Any) -> Tensor:

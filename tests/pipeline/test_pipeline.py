@@ -138,6 +138,74 @@ def test_bad_inputs(masked, case):
         masked.step(*args, **({"target": target} | kwargs))
 
 
+# Once wrong: a checkpoint was loaded into one of the copies on this rank
+def test_a_checkpoint_reaches_every_copy_of_a_tied_parameter():
+    new = rewritten(Gpt(depth=2))
+    first, second = built(new), built(copy.deepcopy(new))
+    optimizers = [torch.optim.Adam(pipeline.parameters(), lr=0.1) for pipeline in (first, second)]
+    train(first, optimizers[0])
+    state = second.state_dict(optimizers[1])
+    for name, value in first.state_dict(optimizers[0]).items():
+        state[name].copy_(value)  # as torch.distributed.checkpoint loads
+    second.load_state_dict(state, optimizers[1])
+    for pipeline, optimizer in zip((first, second), optimizers, strict=True):
+        train(pipeline, optimizer)
+    assert len(second.tied[0].copies) == 2
+    torch.testing.assert_close(second.parameters(), first.parameters())
+
+
+def train(pipeline: ar.Pipeline, optimizer: torch.optim.Optimizer) -> None:
+    pipeline.step(batch, target=target)
+    pipeline.reduce_tied_gradients()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# Once wrong: the state was that after a first step, with decay in its moments; gradients that waited for one were lost
+def test_asking_for_the_state_of_an_optimizer_changes_nothing():
+    new = rewritten(Gpt(depth=2))
+    ends = []
+    for asks in (False, True):
+        pipeline = built(copy.deepcopy(new))
+        optimizer = torch.optim.Adam(pipeline.parameters(), lr=0.1, weight_decay=0.1)
+        pipeline.step(batch, target=target)
+        if asks:
+            pipeline.state_dict(optimizer)
+        optimizer.step()
+        ends.append(pipeline.parameters())
+    torch.testing.assert_close(*ends)
+
+
+# Once wrong: torch could not save the optimizer any more
+def test_an_optimizer_of_some_parameters():
+    pipeline = built(rewritten(Gpt(depth=2)))
+    optimizer = torch.optim.Adam(pipeline.parameters()[:2])
+    names = [name for name in pipeline.state_dict(optimizer) if name.startswith("optimizer.")]
+    assert len(names) == 2 * len(("step", "exp_avg", "exp_avg_sq"))
+    optimizer.state_dict()
+
+
+class Buffered(Gpt):
+    """It has a buffer that its state dict has not, and makes a constant."""
+
+    def __init__(self):
+        super().__init__(depth=2)
+        self.register_buffer("scale", torch.linspace(1, 2, 31), persistent=False)
+        self.register_buffer("shift", torch.linspace(0, 1, 31))
+
+    def forward(self, ids):
+        return super().forward(ids) * self.scale + self.shift + torch.tensor([1.5])
+
+
+# Once wrong: KeyError, as the stage had the buffer in its state dict
+def test_what_the_state_dict_of_the_model_leaves_out():
+    new = rewritten(Buffered())
+    pipeline = built(new)
+    assert pipeline.state_dict().keys() <= new.state_dict().keys()
+    assert "shift" in pipeline.state_dict()
+    pipeline.load_state_dict(new.state_dict())
+
+
 def evaluate_and_step(schedules: list[tuple[str, int]]) -> None:
     torch.manual_seed(0)
     new = rewritten(Gpt(depth=4))
