@@ -90,6 +90,7 @@ def build_pipeline(
         n_microbatches=n_microbatches,
         examples={name: example for stage in plan.stages for name, example in _inputs(stage).items()},
         has_loss=loss_fn is not None,
+        aliases=plan.aliases,
     )
 
 

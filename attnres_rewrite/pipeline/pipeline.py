@@ -33,6 +33,7 @@ class Pipeline:
     n_microbatches: int
     examples: Mapping[str, Tensor]  # meta tensors of what the stages of all ranks take from the user, one microbatch
     has_loss: bool
+    aliases: Mapping[str, tuple[str, ...]]  # other names that the state dict of the model has
 
     def step(
         self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
@@ -169,7 +170,9 @@ class Pipeline:
         """
         found: dict[str, Tensor] = {}
         for stage in self.stages:
-            found |= {model_name(name): value for name, value in stage.submod.state_dict().items()}
+            for name, value in stage.submod.state_dict().items():
+                own = model_name(name)
+                found |= {each: value for each in (own, *self.aliases.get(own, ()))}
         if optimizer is not None:
             _make_state(optimizer)
             for name, parameter in self.named_parameters():
