@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 import attnres_rewrite as ar
+from attnres_rewrite.errors import PartitionError
 from tests.networks import VOCAB, Gpt
 from tests.processes import run_on_ranks
 
@@ -209,6 +210,9 @@ def test_what_the_state_dict_of_the_model_leaves_out():
 def evaluate_and_step(schedules: list[tuple[str, int]]) -> None:
     torch.manual_seed(0)
     new = rewritten(Gpt(depth=4))
+    # once they waited for each other
+    with pytest.raises(PartitionError, match="rank 1 has another plan or schedule than rank 0"):
+        built(new, "1F1B", 1, loss_fn=loss_of if dist.get_rank() else None)
     for schedule, virtual in schedules:
         pipeline = built(copy.deepcopy(new), schedule, virtual, n_microbatches=4)
         ids = batch.repeat(2, 1)[:8]
