@@ -35,7 +35,8 @@ def build_pipeline(
 ) -> Pipeline:
     """Build this rank's part of a plan. Every rank of `group` calls it with the same plan.
 
-    Gradients are the mean over microbatches, as torch's schedules make them.
+    Gradients are the mean over microbatches, as torch's schedules make them. A plan is built once: its stages are used.
+    What other ranks run is freed when neither the plan nor the model is referred to any more.
 
     Args:
         plan: Of `partition`; its sizes are those of one microbatch.
@@ -48,8 +49,9 @@ def build_pipeline(
         wrap: Applied to the module of each stage: torch.compile, DistributedDataParallel or fully_shard.
 
     Raises:
-        ValueError: The schedule does not fit the plan, or the group has another number of processes.
-        PartitionError: The model returns something that is not a tensor, or another rank has another plan.
+        ValueError: The schedule does not fit the plan or the microbatches, the group has another number of processes,
+            or the model has no weights.
+        PartitionError: The model returns something that is not a tensor, or another rank builds something else.
     """
     facts = _checked(plan, schedule, n_microbatches, loss_fn, group)
     outputs = _outputs(plan.stages[-1])
@@ -112,6 +114,8 @@ def _checked(
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
     facts = facts_of(schedule)
+    if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
+        raise ValueError("the model is on the meta device: give it its weights, and partition it then")
     if n_microbatches < 1:
         raise ValueError(f"n_microbatches={n_microbatches} must be at least 1")
     size = dist.get_world_size(group)

@@ -24,7 +24,7 @@ class TiedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What one rank runs. Call `step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
+    """What one rank runs. Call `step(...)`, once or more, then `reduce_tied_gradients()`, then the optimizer."""
 
     schedule: Any  # of torch.distributed.pipelining
     stages: tuple[BlockCacheStage, ...]
@@ -205,7 +205,8 @@ class Pipeline:
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
 
-        Every rank calls it after each step, before gradients are clipped: copies that start equal then stay equal.
+        Every rank calls it once before the optimizer, after the last step whose gradients it takes, and before they are
+        clipped: copies that start equal then stay equal. Called again, it adds the sums up.
         """
         for tied in self.tied:
             for parameter in tied.copies:

@@ -1,6 +1,8 @@
 """What a user may do with a built pipeline: step after step, evaluation, bad inputs; one process runs all stages."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -198,6 +200,22 @@ class Buffered(Gpt):
         return super().forward(ids) * self.scale + self.shift + torch.tensor([1.5])
 
 
+def test_weights_that_are_mapped_from_a_file_are_not_copied(tmp_path):
+    torch.save(Gpt(depth=2).double().state_dict(), tmp_path / "weights.pt")
+    with torch.device("meta"):
+        model = Gpt(depth=2)
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", mmap=True, weights_only=True), assign=True)
+    places = {parameter.data_ptr() for parameter in model.parameters()}
+    assert places <= {parameter.data_ptr() for parameter in built(rewritten(model)).parameters()}
+
+
+def test_a_model_without_weights():
+    with torch.device("meta"):
+        model = Gpt(depth=2)
+    with pytest.raises(ValueError, match="on the meta device: give it its weights"):
+        built(ar.rewrite(model, (example.to("meta"),), verify=False, dynamic_shapes={}))
+
+
 # Once wrong: KeyError, as the stage had the buffer in its state dict
 def test_what_the_state_dict_of_the_model_leaves_out():
     new = rewritten(Buffered())
@@ -210,18 +228,25 @@ def test_what_the_state_dict_of_the_model_leaves_out():
 def evaluate_and_step(schedules: list[tuple[str, int]]) -> None:
     torch.manual_seed(0)
     new = rewritten(Gpt(depth=4))
+    weights = [weakref.ref(parameter) for parameter in new.parameters()]
     # once they waited for each other
     with pytest.raises(PartitionError, match="rank 1 has another plan or schedule than rank 0"):
         built(new, "1F1B", 1, loss_fn=loss_of if dist.get_rank() else None)
+    reference = copy.deepcopy(new)
+    pipeline = built(new, "1F1B", 1, n_microbatches=4)
+    del new
+    gc.collect()
+    # tied weights have a copy on both ranks, and a rank has what it runs
+    assert sum(weight() is not None for weight in weights) == len(pipeline.parameters()) < len(weights)
     for schedule, virtual in schedules:
-        pipeline = built(copy.deepcopy(new), schedule, virtual, n_microbatches=4)
+        pipeline = built(copy.deepcopy(reference), schedule, virtual, n_microbatches=4)
         ids = batch.repeat(2, 1)[:8]
         inputs = (ids,) if dist.get_rank() == 0 else ()
         for _ in range(2):
             out = pipeline.evaluate(*inputs, target=ids)
             pipeline.step(*inputs, target=ids)
         if any(stage.is_last for stage in pipeline.stages):
-            torch.testing.assert_close(out, torch.cat([new(x) for x in ids.chunk(4)]))
+            torch.testing.assert_close(out, torch.cat([reference(x) for x in ids.chunk(4)]))
 
 
 def test_evaluation_between_steps_on_two_processes():
