@@ -59,7 +59,7 @@ class Pipeline:
                 times their number; or the target is missing or cannot be divided.
             PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
         """
-        if self.has_loss:
+        if self.has_loss and self.schedule.scale_grads:
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     # at the end of the step torch divides all that is there, not only what the step has added

@@ -86,7 +86,7 @@ class PipelinePlan:
         routes: What each stage takes, sends and keeps.
         facts: The same for reading, with sizes and estimated times.
         traffic: What is sent under each mode.
-        num_blocks: Finished blocks and embeddings that cross, of all streams.
+        num_blocks: Of all streams; the embeddings, which cross as well, are not counted.
         tied: Parameters that several stages use, and those stages.
         aliases: Other names that the state dict of the model has for a parameter or a buffer.
     """

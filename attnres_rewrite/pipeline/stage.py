@@ -110,6 +110,8 @@ class StageModule(nn.Module):
         given = dict(zip(by_position(self.inputs), args, strict=False)) | inputs if self.is_first else inputs
         out = self.graph(*(given[name] for name in self.inputs), *(values[name] for name in self.reads))
         if self.is_last:
+            # torch detaches the outputs in place, views excepted: a parameter that is one would learn no more
+            out = tuple(value.view_as(value) if isinstance(value, nn.Parameter) else value for value in out)
             return out[0] if len(out) == 1 else out
         made = dict(zip(self.makes, out, strict=True))
         return tuple(self._for_the_wire(made[name]) for name in self.returned)

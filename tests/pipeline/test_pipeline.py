@@ -113,6 +113,27 @@ def test_a_scalar_output_reaches_the_loss_and_is_not_joined():
     assert len(losses) == MICROBATCHES
 
 
+class Returning(Gpt):
+    """It returns a parameter beside its logits, for a loss that looks at it."""
+
+    def forward(self, ids):
+        return super().forward(ids), self.norm.weight
+
+
+# Once wrong: after the first microbatch the parameter had no gradient
+@pytest.mark.parametrize("schedule", ["LoopedBFS", "InterleavedZeroBubble"])
+def test_a_parameter_that_is_returned_learns(schedule):
+    def loss(out, wanted):
+        return loss_of(out, wanted) + out[1].square().sum()
+
+    new = rewritten(Returning(depth=2))
+    reference = copy.deepcopy(new)
+    built(new, schedule, loss_fn=loss).step(batch, target=target)
+    for ids, wanted in zip(batch.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
+        (loss(reference(ids), wanted) / MICROBATCHES).backward()
+    torch.testing.assert_close(new.norm.weight.grad, reference.norm.weight.grad)
+
+
 MASK = {"mask": batch > 3}
 BAD = {
     "by name alone": ((), {"ids": batch} | MASK, ValueError, "takes ids by position, and 0 inputs"),
