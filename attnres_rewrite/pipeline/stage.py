@@ -203,6 +203,11 @@ class BlockCacheStage(PipelineStage):
         out = super().forward_maybe_with_nosync(*args, **kwargs)
         if not self.is_last:
             made = dict(zip(returned_by(routes), out, strict=True))
+            if thawed := [name for name in made if made[name].requires_grad and name not in self._trainable]:
+                raise RuntimeError(
+                    f"{', '.join(thawed)} would have a gradient, and had none when the model was partitioned: "
+                    "something is not frozen any more. Partition the model again"
+                )
             self._keep(microbatch, made)
             unsent = {name: made[name] for name in made if name not in routes.sent and name in self._trainable}
             if unsent and self.has_backward and torch.is_grad_enabled():

@@ -113,6 +113,18 @@ def test_a_scalar_output_reaches_the_loss_and_is_not_joined():
     assert len(losses) == MICROBATCHES
 
 
+# Once an error about scalar outputs, from within torch
+def test_what_was_frozen_when_it_was_partitioned():
+    new = rewritten(Gpt(depth=2))
+    new.embed.weight.requires_grad_(False)
+    pipeline = built(new)
+    pipeline.step(batch, target=target)
+    new.embed.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError) as raised:
+        pipeline.step(batch, target=target)
+    assert "embedding would have a gradient, and had none when the model was partitioned" in str(raised.value.__cause__)
+
+
 class Returning(Gpt):
     """It returns a parameter beside its logits, for a loss that looks at it."""
 
