@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, by_position
@@ -193,14 +193,14 @@ class Pipeline:
         with torch.no_grad():
             for stage in self.stages:
                 for name, value in stage.submod.state_dict().items():
-                    value.copy_(state[model_name(name)])
+                    value.copy_(_placed_as(value, state[model_name(name)]))
             if optimizer is not None:
                 _make_state(optimizer)
                 for name, parameter in self.named_parameters():
                     own = optimizer.state.get(parameter, {})
                     for key, value in own.items():
                         saved = state[f"optimizer.{name}.{key}"]
-                        own[key] = value.copy_(saved) if isinstance(value, Tensor) else saved
+                        own[key] = value.copy_(_placed_as(value, saved)) if isinstance(value, Tensor) else saved
 
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
@@ -238,6 +238,13 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].zero_()
+
+
+def _placed_as(value: Tensor, saved: Tensor) -> Tensor:
+    """Return a whole tensor in the shards of `value`, if that is what fully_shard distributes."""
+    if not isinstance(value, DTensor) or isinstance(saved, DTensor):
+        return saved
+    return distribute_tensor(saved.to(value.device), value.device_mesh, value.placements)
 
 
 def _local(gradient: Any) -> Tensor:
