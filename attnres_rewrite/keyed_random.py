@@ -52,9 +52,13 @@ def keyed_uniform(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Tensor:
-    """Return numbers in [low, high), from the 24 upper bits; `shape` may be a tensor of that shape."""
+    """Return numbers in [low, high), from the 24 upper bits; `shape` may be a tensor of that shape.
+
+    A dtype with fewer digits takes as many bits as it has, as torch's own: rounding would give `high`.
+    """
     sizes = shape.shape if isinstance(shape, Tensor) else shape
-    fraction = (keyed_bits(sizes, key, site, device) >> 8).to(torch.float64) * 2.0**-24
+    digits = min(24, 1 - int(math.log2(torch.finfo(dtype).eps)))
+    fraction = (keyed_bits(sizes, key, site, device) >> (32 - digits)).to(torch.float64) * 2.0**-digits
     return (low + (high - low) * fraction).to(dtype)
 
 
@@ -87,7 +91,8 @@ def keyed_attention(
 ) -> Tensor:
     """Compute scaled dot-product attention with keyed dropout on its weights.
 
-    The weights [..., T, S] are materialised: fused attention draws from a generator of its own.
+    A query that may look at nothing gets zeros, as from torch's. The weights [..., T, S] are materialised: fused
+    attention draws from a generator of its own.
     """
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
@@ -98,4 +103,6 @@ def keyed_attention(
         scores = scores.masked_fill(~allowed, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return keyed_dropout(scores.softmax(-1), p, draw_key, site) @ value
+    blind = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return keyed_dropout(weights.to(value.dtype), p, draw_key, site) @ value

@@ -31,7 +31,9 @@ def train(folder: str, begun: int) -> None:
     pipeline = ar.build_pipeline(plan, "1F1B", n_microbatches=MICROBATCHES, device="cpu", loss_fn=loss_of)
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=1e-3)
     if begun:
-        dcp.load(pipeline.state_dict(optimizer), checkpoint_id=f"{folder}/{begun}")
+        state = pipeline.state_dict(optimizer)
+        dcp.load(state, checkpoint_id=f"{folder}/{begun}")
+        pipeline.load_state_dict(state, optimizer)
     pipeline.seed_draws(0, step=begun)  # dropout goes on as well
     ids = torch.arange(MICROBATCHES * SHAPE[0] * SHAPE[1]).reshape(-1, SHAPE[1]) % 7
     for step in range(begun, begun + STEPS):

@@ -102,3 +102,30 @@ def test_a_compiled_draw_is_the_same():
     torch.testing.assert_close(
         torch.compile(keyed_dropout, backend="aot_eager", fullgraph=True)(x, 0.5, KEY, 3), keyed_dropout(x, 0.5, KEY, 3)
     )
+
+
+# Once NaN, which a row of padding gave; and an error where the mask is wider than the queries
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_attention_looks_as_torch_does_where_it_may_not(kind, dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.rand(2, 1, 5, 5) < 0.7
+    mask[0, :, 1] = False
+    mask = mask if kind == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    exact = [each.double() for each in (query, key, value)]
+    wanted = F.scaled_dot_product_attention(*exact, mask if kind == torch.bool else mask.double())
+    found = keyed_attention(query, key, value, mask, 0.0, False, None, False, KEY, 0)
+    assert found.dtype == dtype
+    assert (found - wanted).abs().max() < 8 * torch.finfo(dtype).eps
+    assert not found[0, :, 1].any()
+    found.float().square().sum().backward()
+    assert not any(each.grad.isnan().any() for each in (query, key, value))
+
+
+# Once 1.0, where torch's own are below
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uniform_numbers_of_few_digits_stay_below_the_limit(dtype):
+    drawn = keyed_uniform((MANY,), KEY, 0, "cpu", dtype)
+    assert drawn.max() == 1 - torch.finfo(dtype).eps / 2
+    assert abs(drawn.double().mean() - 0.5) < torch.finfo(dtype).eps + 5 * (1 / 12 / MANY) ** 0.5

@@ -9,6 +9,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.errors import ArtifactError, explain
 
 Ranks = Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)]
 Virtual = Annotated[int, typer.Option(metavar="V", help="Stages of each process.")]
@@ -80,7 +81,9 @@ def partition(
     schedule = pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     placement = ar.placement_for(schedule, virtual)
     if target is not None:
-        shared._check_target(target, force)
+        _check_file("-o", target, force)
+    if microbatches is not None and plot is None:
+        raise ValueError("--microbatches is of the picture: give --plot as well")
     if plot is not None:
         _check_plot(plot, force)
     found = shared._load(model, config, meta, batch, seq)
@@ -97,10 +100,13 @@ def partition(
     facts = {"model": new.report.model} | plan.to_dict()
     # drawn before anything is written: the number of microbatches may not fit
     figure = None if plot is None else ar.draw_pipeline(plan, schedule, microbatches)
-    if target is not None:
-        target.write_text(json.dumps(facts, indent=2) + "\n")
-    if plot is not None and figure is not None:
-        figure.savefig(plot, dpi=200)
+    try:
+        if target is not None:
+            target.write_text(json.dumps(facts, indent=2) + "\n")
+        if plot is not None and figure is not None:
+            figure.savefig(plot, dpi=200)
+    except OSError as error:
+        raise ArtifactError(f"the plan cannot be written: {error}") from error
     if as_json:
         render.facts(facts)
     else:
@@ -113,5 +119,15 @@ def _check_plot(path: Path, force: bool) -> None:
 
     if path.suffix not in PICTURES:
         raise ValueError(f"--plot {path} must end in {', '.join(PICTURES)}")
-    shared._check_target(path, force)
+    _check_file("--plot", path, force)
     require_matplotlib()
+
+
+def _check_file(option: str, path: Path, force: bool) -> None:
+    """Refuse before the work a file that cannot be written."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder: name a file in it")
+    if path.exists() and not force:
+        raise ArtifactError(explain(f"{path} exists", remedy=f"--force replaces it, {option} names another file."))

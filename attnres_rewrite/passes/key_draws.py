@@ -3,8 +3,8 @@
     y = dropout(x, 0.1, True)   ->   y = keyed_dropout(x, 0.1, key, 3)          key: a new input of the graph, []
 
 The site is the place among the draws of the whole graph: cut into stages, each stage draws what the whole one does.
-Dropouts, attention with dropout, rand, rand_like, uniform_, bernoulli and bernoulli_ are replaced; a dropout that does
-nothing stays. Any other draw is refused.
+Dropouts, in place too, attention with dropout, rand, rand_like, uniform_, bernoulli and bernoulli_ are replaced; a
+dropout that does nothing stays. Any other draw is refused.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def is_draw(node: fx.Node) -> bool:
     """Say whether a node draws random numbers, as it is called."""
     if not (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags):
         return False
-    if op_name(node) in DROPOUTS:
+    if op_name(node).removesuffix("_") in DROPOUTS:
         return bool(argument(node, 1, "p", 0.5)) and argument(node, 2, "train", True) is not False
     if op_name(node) == "scaled_dot_product_attention":
         return bool(argument(node, 4, "dropout_p", 0.0))
@@ -72,8 +72,8 @@ def _key_input(graph: fx.Graph) -> fx.Node:
 
 def _keyed(node: fx.Node, key: fx.Node, site: int) -> Call:
     name, value, first = op_name(node), tensor_of(node), argument(node, 0, "self")
-    if name in ("dropout", "feature_dropout"):
-        return keyed_dropout, (first, node.args[1], key, site), {"whole_channels": name == "feature_dropout"}
+    if name in ("dropout", "dropout_", "feature_dropout", "feature_dropout_"):
+        return keyed_dropout, (first, node.args[1], key, site), {"whole_channels": name.startswith("feature")}
     if name == "scaled_dot_product_attention":
         return keyed_attention, (*_attention_arguments(node), key, site), {}
     if value is not None and name in ("rand", "rand_like", "uniform_"):

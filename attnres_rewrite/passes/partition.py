@@ -321,13 +321,24 @@ def _build(stages: _Stages, need: _Needs, values: Mapping[fx.Node, CarriedValue]
     else:
         graph.output(tuple(copies[value.node] for value in made))
     graph.lint()
+    module = fx.GraphModule(stages.root, graph, class_name=f"Stage{number}")
+    _leave_out_of_state(module, stages.root)
     return StageGraph(
-        fx.GraphModule(stages.root, graph, class_name=f"Stage{number}"),
+        module,
         tuple(str(node.target) for node in need.inputs),
         tuple(values[node].name for node in need.reads),
         tuple(value.name for value in made),
         tuple(node.name for node in need.computed if node.op == "call_function" and stages.of.get(node) != number),
     )
+
+
+def _leave_out_of_state(module: fx.GraphModule, root: nn.Module) -> None:
+    """Leave constants and buffers that the state dict of the model has not out of that of a stage, too."""
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        owner = root.get_submodule(path)
+        if leaf not in owner._buffers or leaf in owner._non_persistent_buffers_set:
+            module.get_submodule(path)._non_persistent_buffers_set.add(leaf)
 
 
 def _refuse_without_parameters(stages: Sequence[StageGraph]) -> None:

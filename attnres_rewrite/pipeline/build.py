@@ -35,22 +35,26 @@ def build_pipeline(
 ) -> Pipeline:
     """Build this rank's part of a plan. Every rank of `group` calls it with the same plan.
 
-    Gradients are the mean over microbatches, as torch's schedules make them.
+    Gradients are the mean over microbatches, as torch's schedules make them. A plan is built once: its stages are used.
+    What other ranks run is freed when neither the plan nor the model is referred to any more.
 
     Args:
         plan: Of `partition`; its sizes are those of one microbatch.
         schedule: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
         n_microbatches: Of one step.
         device: Where this rank computes; its stages are moved there.
-        loss_fn: Called with what the model returns and the target of a microbatch; None runs forward only.
+        loss_fn: Called with what the model returns and the target of a microbatch; None runs forward only. Every rank
+            gives one, or none does.
         group: Processes of the pipeline; None is all.
         wrap: Applied to the module of each stage: torch.compile, DistributedDataParallel or fully_shard.
 
     Raises:
-        ValueError: The schedule does not fit the plan, or the group has another number of processes.
-        PartitionError: The model returns something that is not a tensor, or another rank has another plan.
+        ValueError: The schedule does not fit the plan or the microbatches, the group has another number of processes,
+            or the model has no weights.
+        PartitionError: The model returns something that is not a tensor, or another rank builds something else.
     """
-    facts = _checked(plan, schedule, group)
+    facts = _checked(plan, schedule, n_microbatches, loss_fn, group)
+    outputs = _outputs(plan.stages[-1])
     plan = with_all_gradients(plan) if facts.splits_backward else plan
     rank, store, examples = dist.get_rank(group), RankStore(), value_examples(plan)
     own = [routes.stage for routes in plan.routes if routes.rank == rank]
@@ -73,8 +77,8 @@ def build_pipeline(
                 number,
                 len(plan.stages),
                 torch.device(device),
-                input_args=_inputs(graph) if is_first else (),
-                output_args=_outputs(graph) if is_last else (),
+                input_args=tuple(_inputs(graph).values()) if is_first else (),
+                output_args=outputs if is_last else (),
                 inputs=graph.inputs,
                 group=group,
             )
@@ -86,6 +90,9 @@ def build_pipeline(
         store=store,
         tied=_tied(plan, stages, rank, group),
         n_microbatches=n_microbatches,
+        examples={name: example for stage in plan.stages for name, example in _inputs(stage).items()},
+        has_loss=loss_fn is not None,
+        aliases=plan.aliases,
     )
 
 
@@ -99,21 +106,35 @@ def _move_constants(module: fx.GraphModule, device: torch.device) -> None:
     module.recompile()
 
 
-def _checked(plan: PipelinePlan, schedule: str, group: dist.ProcessGroup | None) -> ScheduleFacts:
+def _checked(
+    plan: PipelinePlan, schedule: str, n_microbatches: int, loss_fn: Loss | None, group: dist.ProcessGroup | None
+) -> ScheduleFacts:
     """Return what the schedule asks of the plan, which has it."""
     placement = placement_for(schedule, plan.num_virtual)
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
     facts = facts_of(schedule)
+    if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
+        raise ValueError("the model is on the meta device: give it its weights, and partition it then")
+    if n_microbatches < 1:
+        raise ValueError(f"n_microbatches={n_microbatches} must be at least 1")
     size = dist.get_world_size(group)
     if size != plan.num_ranks:
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, the group has {size}")
-    _refuse_other_plans(plan, group)
+    _refuse_other_plans(
+        (
+            *(plan.model_hash, plan.num_virtual, plan.placement, plan.mode, plan.dropout, plan.cuts),
+            # of another dtype, or frozen elsewhere
+            tuple((value.num_bytes, value.has_gradient) for value in plan.values),
+            (schedule, n_microbatches, "no loss_fn" if loss_fn is None else "a loss_fn"),
+        ),
+        plan,
+        group,
+    )
     return facts
 
 
-def _refuse_other_plans(plan: PipelinePlan, group: dist.ProcessGroup | None) -> None:
-    own = (plan.model_hash, plan.num_virtual, plan.placement, plan.mode, plan.dropout, plan.cuts)
+def _refuse_other_plans(own: tuple[Any, ...], plan: PipelinePlan, group: dist.ProcessGroup | None) -> None:
     plans: list[Any] = [own] * plan.num_ranks
     if plan.num_ranks > 1:
         dist.all_gather_object(plans, own, group=group)
@@ -121,10 +142,11 @@ def _refuse_other_plans(plan: PipelinePlan, group: dist.ProcessGroup | None) -> 
         if other != plans[0]:
             raise PartitionError(
                 explain(
-                    f"rank {rank} has another plan than rank 0",
+                    f"rank {rank} has another plan or schedule than rank 0",
                     None,
                     f"Rank 0: {plans[0]}\n  rank {rank}: {other}",
-                    "Every rank must rewrite the same model on inputs of the same sizes, and partition it alike.",
+                    "Every rank must rewrite the same model on inputs of the same sizes, partition it alike, and call "
+                    "build_pipeline alike.",
                 )
             )
 
@@ -165,9 +187,9 @@ def _returned(module: fx.GraphModule) -> tuple[object, ...]:
     return tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def _inputs(graph: StageGraph) -> tuple[Tensor, ...]:
+def _inputs(graph: StageGraph) -> dict[str, Tensor]:
     nodes = {str(node.target): node for node in graph.module.graph.find_nodes(op="placeholder")}
-    return tuple(_meta(nodes[name], False) for name in by_position(graph.inputs))
+    return {name: _meta(nodes[name], False) for name in by_position(graph.inputs)}
 
 
 def _outputs(graph: StageGraph) -> tuple[Tensor, ...]:
@@ -192,9 +214,11 @@ def _tied(
     plan: PipelinePlan, stages: list[BlockCacheStage], rank: int, group: dist.ProcessGroup | None
 ) -> tuple[TiedParameter, ...]:
     found: list[TiedParameter] = []
+    groups: dict[tuple[int, ...], Any] = {}
     for name, used in plan.tied.items():
-        ranks = sorted({plan.routes[number].rank for number in used})
-        shared = _new_group(ranks, group) if len(ranks) > 1 else None
+        ranks = tuple(sorted({plan.routes[number].rank for number in used}))
+        if ranks not in groups:
+            groups[ranks] = _new_group(ranks, group) if len(ranks) > 1 else None
         copies = tuple(
             parameter
             for stage in stages
@@ -202,11 +226,11 @@ def _tied(
             if model_name(own) == name and parameter.requires_grad
         )
         if copies:
-            found.append(TiedParameter(name, copies, shared))
+            found.append(TiedParameter(name, copies, groups[ranks]))
     return tuple(found)
 
 
-def _new_group(ranks: list[int], group: dist.ProcessGroup | None) -> Any:
+def _new_group(ranks: tuple[int, ...], group: dist.ProcessGroup | None) -> Any:
     everywhere = [dist.get_global_rank(group, rank) if group is not None else rank for rank in ranks]
     # other pipelines of the same job make groups of their own, and do not call this
     return dist.new_group(everywhere, use_local_synchronization=True)

@@ -49,6 +49,8 @@ def flops_of(node: fx.Node) -> int:
         return 2 * math.prod(out) * _size(node, 0, "self", -1)
     if name in ("addmm", "baddbmm"):
         return 2 * math.prod(out) * _size(node, 1, "mat1", -1)
+    if name == "einsum":
+        return _einsum_flops(node)
     if name.startswith("conv"):
         weight = shape_of(argument(node, 1, "weight")) or (1, 1)
         return 2 * math.prod(out) * math.prod(weight[1:])
@@ -56,6 +58,21 @@ def flops_of(node: fx.Node) -> int:
         queries, keys = math.prod(out[:-1]), _size(node, 1, "key", -2)
         return 2 * queries * keys * (_size(node, 0, "query", -1) + _size(node, 2, "value", -1))
     return 0
+
+
+def _einsum_flops(node: fx.Node) -> int:
+    """Count one product of all operands: every size that a letter stands for, once."""
+    equation, operands = str(node.args[0]).replace(" ", ""), argument(node, 1, "tensors")
+    sizes: dict[str, int] = {}
+    around: tuple[int, ...] = ()
+    for term, operand in zip(equation.partition("->")[0].split(","), operands, strict=True):
+        shape = shape_of(operand) or ()
+        before, dots, after = term.partition("...")
+        sizes |= dict(zip(before, shape, strict=False))
+        sizes |= dict(zip(reversed(after), reversed(shape), strict=False))
+        if dots:
+            around = max(around, shape[len(before) : len(shape) - len(after)], key=math.prod)
+    return 2 * math.prod(sizes.values()) * math.prod(around) if len(operands) > 1 else 0
 
 
 def _size(node: fx.Node, position: int, name: str, dim: int) -> int:

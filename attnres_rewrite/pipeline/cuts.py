@@ -3,13 +3,17 @@
 A cut stands in front of a read: what is before it made the state, what is behind it reads. Then only sources cross.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import module_path, owner_of
+from attnres_rewrite.fxgraph import module_path, op_name, owner_of
+from attnres_rewrite.passes.carriers import VIEWS
 from attnres_rewrite.pipeline.costs import Device, seconds_of
 
 
@@ -57,7 +61,7 @@ def balanced_cuts(
 ) -> list[Candidate]:
     """Choose the cuts whose slowest stage is the fastest; of equal ones, those that fewer partial sums cross.
 
-    A dynamic programme over the places: O(places^2 * stages).
+    Two dynamic programmes over the places, the least time and then the fewest sums within it: O(places^2 * stages).
 
     Args:
         places: Where a cut may be.
@@ -80,24 +84,44 @@ def balanced_cuts(
                 remedy="Use fewer ranks or virtual stages" + (", or smaller blocks." if at_block_ends else "."),
             )
         )
-    # best[number] = (slowest stage, partial sums that cross, cuts) of the part before place `number`, cut there
-    best: dict[int, tuple[float, int, tuple[int, ...]]] = {0: (0.0, 0, ())}
-    for _ in range(num_stages - 1):
-        following: dict[int, tuple[float, int, tuple[int, ...]]] = {}
-        for number in allowed:
-            options = [
-                (max(slowest, sums[number] - sums[start]), crossing + places[number - 1].num_open, (*cuts, number))
-                for start, (slowest, crossing, cuts) in best.items()
-                if start < number
-            ]
-            if options:
-                following[number] = min(options)
-        best = following
-    chosen = min(
-        (max(slowest, sums[-1] + last - sums[start]), crossing, cuts)
-        for start, (slowest, crossing, cuts) in best.items()
-    )
+    stops = _Stops((*sums, sums[-1] + last), [0, *(place.num_open for place in places)], allowed, num_stages)
+    slowest, _, _ = stops.least(lambda option: option[0])
+    # stages of equal layers differ by what rounding leaves
+    chosen = stops.least(lambda option: (option[1], option[0]), limit=slowest * (1 + 1e-9))
     return [places[number - 1] for number in chosen[2]]
+
+
+# the slowest stage, the partial sums that cross, the places of the cuts
+_Option = tuple[float, int, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stops:
+    """What the programme chooses from: `sums[number]` are the seconds before place `number`, counted from 1."""
+
+    sums: Sequence[float]
+    num_open: Sequence[int]
+    allowed: Sequence[int]
+    num_stages: int
+
+    def least(self, rank: Callable[[_Option], Any], limit: float = math.inf) -> _Option:
+        """Return the least way to cut in the order of `rank`, with no stage above the limit."""
+        best: dict[int, _Option] = {0: (0.0, 0, ())}
+        for _ in range(self.num_stages - 1):
+            options = {number: self._options(best, number, limit) for number in self.allowed}
+            best = {number: min(found, key=rank) for number, found in options.items() if found}
+        end = len(self.sums) - 1
+        slowest, crossing, cuts = min(self._options(best, end, limit), key=rank)
+        return slowest, crossing, cuts[:-1]
+
+    def _options(self, best: Mapping[int, _Option], number: int, limit: float) -> list[_Option]:
+        """Extend the ways to cut before earlier places by a stage that ends at this one."""
+        crossing = self.num_open[number] if number < len(self.num_open) else 0
+        return [
+            (max(slowest, seconds), before + crossing, (*cuts, number))
+            for start, (slowest, before, cuts) in best.items()
+            if start < number and (seconds := self.sums[number] - self.sums[start]) <= limit
+        ]
 
 
 def named_cuts(places: Sequence[Candidate], graph: fx.Graph, names: Sequence[str]) -> list[Candidate]:
@@ -110,8 +134,11 @@ def named_cuts(places: Sequence[Candidate], graph: fx.Graph, names: Sequence[str
     order = {node: position for position, node in enumerate(graph.nodes)}
     chosen = [_named_cut(places, graph, name, order) for name in names]
     positions = [order[place.node] for place in chosen]
-    if positions != sorted(set(positions)):
+    if positions != sorted(positions):
         raise PartitionError(f"the cuts {', '.join(names)} are not in the order of the model")
+    for name, other, (one, two) in zip(names, names[1:], itertools.pairwise(positions), strict=False):
+        if one == two:
+            raise PartitionError(f"the cuts {name} and {other} are at the same place: no stage would lie between them")
     return chosen
 
 
@@ -119,14 +146,29 @@ def _named_cut(places: Sequence[Candidate], graph: fx.Graph, name: str, order: d
     for place in places:
         if place.node.meta["attn_res"] == name:
             return place
-    inside = [node for node in graph.nodes if node.op == "call_function" and name in module_path(node)]
+    # "" is the model itself
+    inside = [node for node in graph.nodes if node.op == "call_function" and name and name in module_path(node)]
     if not inside:
         layers = sorted({owner_of(place.node) for place in places})
+        more = " ..." if len(layers) > 8 else ""
         raise PartitionError(
-            explain(f"no module is called {name}", remedy=f"Modules that read the stream: {', '.join(layers[:8])} ...")
+            explain(
+                f"no module is called {name or repr(name)}",
+                remedy=f"Modules that read the stream: {', '.join(layers[:8])}{more}",
+            )
         )
     # a read belongs to the line that adds, which is the module before: this one begins right behind it
-    reads = [place for place in places if order[place.node] < order[inside[0]] and _adjacent(place.node, inside[0])]
+    before = [place for place in places if order[place.node] < order[inside[0]]]
+    if not before:
+        raise PartitionError(
+            explain(
+                f"{name} begins before the first read of the stream",
+                None,
+                "The first stage begins there, and would be empty.",
+                "Name the modules that begin the second stage and those after it.",
+            )
+        )
+    reads = [place for place in before if _adjacent(place.node, inside[0])]
     if not reads:
         raise PartitionError(
             explain(
@@ -141,8 +183,14 @@ def _named_cut(places: Sequence[Candidate], graph: fx.Graph, name: str, order: d
 
 def _adjacent(read: fx.Node, first: fx.Node) -> bool:
     """Say whether nothing is computed between a read and the first node of a module."""
-    node = read.next
-    # a gate is part of the read
-    while node.op != "call_function" or node.meta.get("gate_of") == read.meta["attn_res"]:
+    node, name = read.next, read.meta["attn_res"]
+    # a gate is part of the read, and so are the views that move its channels back
+    while node.op != "call_function" or node.meta.get("gate_of") == name or _is_view_of(read, node):
+        if node is first:
+            return True
         node = node.next
     return node is first
+
+
+def _is_view_of(read: fx.Node, node: fx.Node) -> bool:
+    return op_name(node) in VIEWS and node.args[0] is read

@@ -1,13 +1,13 @@
 """Pipeline: what one rank runs, step by step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, by_position
@@ -24,18 +24,23 @@ class TiedParameter:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What one rank runs. Call `step(...)`, then `reduce_tied_gradients()`, then the optimizer."""
+    """What one rank runs. Call `step(...)`, once or more, then `reduce_tied_gradients()`, then the optimizer."""
 
     schedule: Any  # of torch.distributed.pipelining
     stages: tuple[BlockCacheStage, ...]
     store: RankStore
     tied: tuple[TiedParameter, ...]
     n_microbatches: int
+    examples: Mapping[str, Tensor]  # meta tensors of what the stages of all ranks take from the user, one microbatch
+    has_loss: bool
+    aliases: Mapping[str, tuple[str, ...]]  # other names that the state dict of the model has
 
     def step(
         self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
     ) -> tuple[Any, ...] | Any | None:
         """Run forward and backward of one batch, as `schedule.step` does, on every rank.
+
+        Gradients are added to those that are there; the model runs forward alone when there is no loss.
 
         Args:
             args: The inputs of the first stage, [n_microbatches * B, ...] where B is the batch of a microbatch; none
@@ -45,33 +50,96 @@ class Pipeline:
             kwargs: Inputs that later stages take, by name, on every rank.
 
         Returns:
-            The outputs of all microbatches on the rank of the last stage, None elsewhere.
+            The outputs of all microbatches on the rank of the last stage, None elsewhere; None there, too, where one
+            output is a scalar and has no batch to be joined along.
 
         Raises:
-            ValueError: An input does not have the size of the plan's microbatches times their number.
+            TypeError: An input is not a tensor.
+            ValueError: An input is missing, is taken by no stage, or does not have the size of the plan's microbatches
+                times their number; or the target is missing or cannot be divided.
             PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
         """
+        if self.has_loss and self.schedule.scale_grads:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    # at the end of the step torch divides all that is there, not only what the step has added
+                    parameter.grad.mul_(self.n_microbatches)
+        return self._run(self.schedule.step, args, target, losses, kwargs)
+
+    @torch.no_grad()
+    def evaluate(
+        self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
+    ) -> tuple[Any, ...] | Any | None:
+        """Run one batch forward alone, and its losses if there is a loss; everything else is as in `step`.
+
+        The stages are those of the mode that the model was in when it was partitioned: dropout stays as it is there.
+        What the steps draw does not change by it.
+        """
+        try:
+            return self._run(self.schedule.eval, args, target, losses, kwargs)
+        finally:
+            for stage in self.stages:
+                stage.step -= 1
+
+    def _run(
+        self,
+        schedule: Callable[..., Any],
+        args: tuple[Any, ...],
+        target: Any,
+        losses: list[Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
         with ending_together():
             has_first, has_last = (
                 any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last")
             )
-            if has_first:
-                self._check_inputs(args)
+            self._check_inputs(args if has_first else (), kwargs)
+            if has_last:
+                self._check_target(target, losses)
             target, losses = (target, losses) if has_last else (None, None)
-            return self.schedule.step(*(args if has_first else ()), target=target, losses=losses, **kwargs)
+            options = kwargs | {"return_outputs": not any(stage.returns_scalars for stage in self.stages)}
+            return schedule(*(args if has_first else ()), target=target, losses=losses, **options)
 
-    def _check_inputs(self, args: Sequence[Any]) -> None:
-        first = next(stage for stage in self.stages if stage.is_first)
-        examples = dict(zip(by_position(first.inputs), first.input_examples, strict=True))
-        if len(args) != len(examples):
-            raise ValueError(f"the first stage takes {', '.join(examples)}, and {len(args)} inputs were given")
-        for (name, example), value in zip(examples.items(), args, strict=True):
-            wanted = (example.shape[0] * self.n_microbatches, *example.shape[1:]) if example.ndim else ()
-            if tuple(value.shape) != wanted:
+    def _check_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        given = dict(kwargs)
+        for stage in self.stages:
+            names = by_position(stage.inputs)
+            if stage.is_first and len(args) != len(names):
                 raise ValueError(
-                    f"{name} is {tuple(value.shape)}: {self.n_microbatches} microbatches of "
-                    f"{tuple(example.shape)}, the example inputs of the plan, are {wanted}"
+                    f"the first stage takes {', '.join(names)} by position, and {len(args)} inputs were given so"
                 )
+            if stage.is_first:
+                given |= zip(names, args, strict=True)
+            elif missing := [name for name in names if name not in kwargs]:
+                raise ValueError(f"stage {stage.stage_index} takes {', '.join(missing)}: give it by name on this rank")
+        if unknown := [name for name in given if name not in self.examples]:
+            raise ValueError(
+                f"no stage takes {', '.join(unknown)}; the inputs are {', '.join(self.examples)}. "
+                "What the model was rewritten without, or ignores, has no place here."
+            )
+        for name, value in given.items():
+            self._check_input(name, value)
+
+    def _check_input(self, name: str, value: Any) -> None:
+        example = self.examples[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a tensor")
+        if not example.ndim:
+            raise ValueError(f"{name} is one number: torch cannot cut it into microbatches. Give it a batch dimension")
+        wanted = (example.shape[0] * self.n_microbatches, *example.shape[1:])
+        if tuple(value.shape) != wanted:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}: {self.n_microbatches} microbatches of "
+                f"{tuple(example.shape)}, the example inputs of the plan, are {wanted}"
+            )
+
+    def _check_target(self, target: Any, losses: list[Tensor] | None) -> None:
+        if not self.has_loss and losses is not None:
+            raise ValueError("losses are asked for, and there is no loss_fn: give one to build_pipeline")
+        if self.has_loss and target is None:
+            raise ValueError("the loss needs a target on the rank of the last stage: step(..., target=...)")
+        if isinstance(target, Tensor) and (not target.ndim or target.shape[0] % self.n_microbatches):
+            raise ValueError(f"the target is {tuple(target.shape)}: not {self.n_microbatches} equal microbatches")
 
     def seed_draws(self, seed: int, step: int = 0) -> None:
         """Seed dropout and other random draws, and say which step comes next; every rank gives the same.
@@ -93,7 +161,8 @@ class Pipeline:
         """Return the parameters and buffers of this rank's stages, under the names they have in the model.
 
         The dicts of all ranks together are a state dict of the rewritten model. The tensors are the stages' own, so
-        torch.distributed.checkpoint saves them and loads into them.
+        torch.distributed.checkpoint saves them and loads into them; give what it loaded to `load_state_dict`, as a
+        tied parameter has several copies on a rank, and one of them is here.
 
         Args:
             optimizer: Of these parameters: its state is in the dict as well, as "optimizer.NAME.KEY". Before its first
@@ -101,29 +170,43 @@ class Pipeline:
         """
         found: dict[str, Tensor] = {}
         for stage in self.stages:
-            found |= {model_name(name): value for name, value in stage.submod.state_dict().items()}
+            for name, value in stage.submod.state_dict().items():
+                own = model_name(name)
+                found |= {each: value for each in (own, *self.aliases.get(own, ()))}
         if optimizer is not None:
             _make_state(optimizer)
             for name, parameter in self.named_parameters():
-                found |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+                state = optimizer.state.get(parameter, {})
+                found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         return found
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Load this rank's share of a state dict of the rewritten model, or of what `state_dict` returned.
 
+        Args:
+            state: What to load.
+            optimizer: Of these parameters; `state` is one that `state_dict` returned with an optimizer.
+
         Raises:
-            KeyError: The state dict lacks something that a stage of this rank has.
+            KeyError: The state dict lacks something that a stage of this rank, or the optimizer, has.
         """
-        for stage in self.stages:
-            own = stage.submod.state_dict()
-            with torch.no_grad():
-                for name, value in own.items():
-                    value.copy_(state[model_name(name)])
+        with torch.no_grad():
+            for stage in self.stages:
+                for name, value in stage.submod.state_dict().items():
+                    value.copy_(_placed_as(value, state[model_name(name)]))
+            if optimizer is not None:
+                _make_state(optimizer)
+                for name, parameter in self.named_parameters():
+                    own = optimizer.state.get(parameter, {})
+                    for key, value in own.items():
+                        saved = state[f"optimizer.{name}.{key}"]
+                        own[key] = value.copy_(_placed_as(value, saved)) if isinstance(value, Tensor) else saved
 
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
 
-        Every rank calls it after each step, before gradients are clipped: copies that start equal then stay equal.
+        Every rank calls it once before the optimizer, after the last step whose gradients it takes, and before they are
+        clipped: copies that start equal then stay equal. Called again, it adds the sums up.
         """
         for tied in self.tied:
             for parameter in tied.copies:
@@ -138,18 +221,30 @@ class Pipeline:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that an optimizer makes in its first step, by one that changes nothing."""
+    """Make the state that an optimizer makes in its first step, by one that changes nothing and does not count."""
     if optimizer.state:
         return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    kept = [{name: group[name] for name in ("lr", "weight_decay") if name in group} for group in optimizer.param_groups]
+    gradients = {parameter: parameter.grad for group in optimizer.param_groups for parameter in group["params"]}
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group |= dict.fromkeys(options, 0.0)
+    for parameter in gradients:
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    for group, options in zip(optimizer.param_groups, kept, strict=True):
+        group |= options
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].zero_()
+
+
+def _placed_as(value: Tensor, saved: Tensor) -> Tensor:
+    """Return a whole tensor in the shards of `value`, if that is what fully_shard distributes."""
+    if not isinstance(value, DTensor) or isinstance(saved, DTensor):
+        return saved
+    return distribute_tensor(saved.to(value.device), value.device_mesh, value.placements)
 
 
 def _local(gradient: Any) -> Tensor:

@@ -86,8 +86,9 @@ class PipelinePlan:
         routes: What each stage takes, sends and keeps.
         facts: The same for reading, with sizes and estimated times.
         traffic: What is sent under each mode.
-        num_blocks: Finished blocks and embeddings that cross, of all streams.
+        num_blocks: Of all streams; the embeddings, which cross as well, are not counted.
         tied: Parameters that several stages use, and those stages.
+        aliases: Other names that the state dict of the model has for a parameter or a buffer.
     """
 
     num_ranks: int
@@ -104,6 +105,7 @@ class PipelinePlan:
     traffic: Mapping[Mode, Traffic]
     num_blocks: int
     tied: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, tuple[str, ...]]
 
     @property
     def balance(self) -> float:
@@ -220,6 +222,7 @@ def partition(
         traffic={each: traffic_of(values, ranks, each) for each in MODES},
         num_blocks=_num_blocks(new),
         tied=parts.tied,
+        aliases=_aliases(new),
     )
 
 
@@ -231,6 +234,11 @@ def hash_of(graph: fx.Graph) -> str:
         for node in graph.nodes
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def hash_of_model(new: RewrittenModule) -> str:
+    """Return the hash that a plan for this model has."""
+    return hash_of(_unscheduled(new))
 
 
 def _target_name(node: fx.Node) -> str:
@@ -267,6 +275,13 @@ def _chosen_cuts(
     if len(cuts) != num_stages - 1:
         raise ValueError(f"{len(cuts)} names of modules cut a model into {len(cuts) + 1} stages, not {num_stages}")
     return named_cuts(places, graph, cuts)
+
+
+def _aliases(new: RewrittenModule) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, value in new.state_dict(keep_vars=True).items():
+        names.setdefault(id(value), []).append(name)
+    return {name: tuple(other for other in same if other != name) for same in names.values() for name in same}
 
 
 def _num_blocks(new: RewrittenModule) -> int:

@@ -4,8 +4,9 @@
 
 A split backward works out the gradients of the inputs first. For each parameter, torch finds where its effect joins
 what depends on the inputs, keeps the gradients there, and goes on from them later. An effect that reaches an output
-without joining is lost, and parameters whose joints overlap without being the same may be counted twice. Both happen:
-the decoder's embedding in a later stage; a shared weight beside biases that are not; the queries of one phase 1.
+without joining is lost, parameters whose joints overlap without being the same may be counted twice, and one that joins
+at several places frees what lies between them, where others still wait. All happen: the decoder's embedding in a later
+stage; a shared weight beside biases that are not; the queries of one phase 1; a norm or a layer that is used twice.
 
 A parameter that passes `joined` joins at once, in one place of its own. Its gradient is complete with those of the
 inputs; all others wait as the schedule has it.
@@ -61,7 +62,7 @@ _JOINTS = frozenset(
 
 
 def _unsafe(module: fx.GraphModule, received: list[fx.Node]) -> set[str]:
-    """Return the trainable parameters whose joints are not the same as, or apart from, those of all others."""
+    """Return the trainable parameters that have no joint, several, or one that others have beside another."""
     behind = set(received)
     origins: dict[fx.Node, frozenset[str]] = {}
     joints: dict[str, set[fx.Node]] = {}
@@ -82,7 +83,8 @@ def _unsafe(module: fx.GraphModule, received: list[fx.Node]) -> set[str]:
             lost |= own if op_name(node) not in _JOINTS else frozenset()
         elif node not in behind:
             origins[node] = own
-    return lost | _overlapping(joints)
+    several = {name for name, places in joints.items() if len(places) > 1}
+    return lost | several | _overlapping(joints)
 
 
 def _is_trainable(module: nn.Module, name: str) -> bool:

@@ -4,7 +4,8 @@ Forward:  what arrives over the hop, and what the store has, become the inputs o
           into the store, detached; what only passes through is sent on outside of autograd.
 Backward: a stored value is a leaf of the stage that reads it. Its gradient is handed in at the stage of this rank that
           brought the value (a deposit), and that one adds all deposits to what it sends back. The plan says how many
-          there are: one more or less raises.
+          there are: one more or less raises. What a stage made for later stages of its own rank alone is not sent: it
+          is one more output of its backward.
 
 A stored value enters the stage by keyword: torch looks for gradients of keyword inputs as well, in a backward that is
 split into input and weight gradients too, and leaves them out of what it sends. Only methods whose signatures are the
@@ -75,10 +76,15 @@ def by_position(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in inputs if name != KEY)
 
 
+def returned_by(routes: StageRoutes) -> tuple[str, ...]:
+    """Return what a stage makes for others: what it sends, and what its rank keeps for a later stage of its own."""
+    return tuple(name for name in routes.made if name in routes.sent or name in routes.kept)
+
+
 class StageModule(nn.Module):
     """Calls a stage's graph the way torch.distributed.pipelining calls a stage: with what is on the wire, by position.
 
-    The first stage takes the model's inputs by position, others by name. It returns what it made and sends on, in the
+    The first stage takes the model's inputs by position, others by name. It returns what it made for others, in the
     order of the wire; the last one what the model returns.
 
     A schedule that splits the backward detaches what a stage returned, in place, before it works out the gradients of
@@ -94,7 +100,7 @@ class StageModule(nn.Module):
         self.graph = stage.module
         self.inputs, self.reads, self.makes = stage.inputs, stage.reads, stage.makes
         self.received, self.cached = routes.received, routes.cached
-        self.returned = tuple(name for name in routes.sent if name in stage.makes)
+        self.returned = returned_by(routes)
         self.is_first, self.is_last = is_first, is_last
         self.splits_backward = splits_backward
 
@@ -104,6 +110,8 @@ class StageModule(nn.Module):
         given = dict(zip(by_position(self.inputs), args, strict=False)) | inputs if self.is_first else inputs
         out = self.graph(*(given[name] for name in self.inputs), *(values[name] for name in self.reads))
         if self.is_last:
+            # torch detaches the outputs in place, views excepted: a parameter that is one would learn no more
+            out = tuple(value.view_as(value) if isinstance(value, nn.Parameter) else value for value in out)
             return out[0] if len(out) == 1 else out
         made = dict(zip(self.makes, out, strict=True))
         return tuple(self._for_the_wire(made[name]) for name in self.returned)
@@ -133,6 +141,7 @@ class BlockCacheStage(PipelineStage):
         group: Processes of the pipeline; None is all.
 
     Attributes:
+        returns_scalars: The model returns something without a batch dimension.
         seed: Of the random numbers.
         step: Counts the steps begun, from 0; what a microbatch draws follows from seed, step and its number.
     """
@@ -162,11 +171,13 @@ class BlockCacheStage(PipelineStage):
             output_args=output_args if is_last else tuple(examples[name] for name in routes.sent),
             group=group,
         )
-        self.routes, self.store, self.inputs, self.input_examples = routes, store, inputs, input_args
+        self.routes, self.store, self.inputs = routes, store, inputs
+        self.returns_scalars = is_last and any(not example.ndim for example in output_args)
         self.seed, self.step = 0, -1
         self._trainable = {name for name, example in examples.items() if example.requires_grad}
         self._forward_microbatch = self._backward_microbatch = -1
         self._leaves: dict[int, tuple[Tensor, ...]] = {}
+        self._unsent: dict[int, dict[str, Tensor]] = {}  # for each microbatch, with the graph that made it
 
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
         """Take the stored values along as a keyword input."""
@@ -191,8 +202,16 @@ class BlockCacheStage(PipelineStage):
         self._keep(microbatch, arrived)
         out = super().forward_maybe_with_nosync(*args, **kwargs)
         if not self.is_last:
-            made = dict(zip((name for name in routes.sent if name in routes.made), out, strict=True))
+            made = dict(zip(returned_by(routes), out, strict=True))
+            if thawed := [name for name in made if made[name].requires_grad and name not in self._trainable]:
+                raise RuntimeError(
+                    f"{', '.join(thawed)} would have a gradient, and had none when the model was partitioned: "
+                    "something is not frozen any more. Partition the model again"
+                )
             self._keep(microbatch, made)
+            unsent = {name: made[name] for name in made if name not in routes.sent and name in self._trainable}
+            if unsent and self.has_backward and torch.is_grad_enabled():
+                self._unsent[microbatch] = unsent
             passing = {
                 name: (arrived[name] if name in arrived else values[self._key(microbatch, name)]).detach()
                 for name in routes.sent
@@ -217,7 +236,17 @@ class BlockCacheStage(PipelineStage):
         return tuple(gradients)
 
     def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: Any, *rest: Any, **options: Any) -> Any:
-        """Hand in the gradients of the stored values that this stage read."""
+        """Begin at what is not sent as well; hand in the gradients of the stored values that this stage read."""
+        if unsent := self._unsent.pop(self._backward_microbatch, {}):
+            totals = {
+                name: self.store.collect(self._key(self._backward_microbatch, name), self.routes.deposits[name])
+                for name in unsent
+            }
+            found = [name for name, total in totals.items() if total is not None]
+            bwd_kwargs = bwd_kwargs | {
+                "stage_output": (*bwd_kwargs["stage_output"], *(unsent[name] for name in found)),
+                "output_grads": (*bwd_kwargs["output_grads"], *(totals[name] for name in found)),
+            }
         gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, *rest, **options)
         # weight gradients come later and have no inputs
         leaves = self._leaves.pop(self._backward_microbatch, ()) if self._backward_microbatch >= 0 else ()
@@ -244,12 +273,35 @@ class BlockCacheStage(PipelineStage):
                 gradients[place] = None if total is None else total.contiguous()
         self.bwd_cache[bwd_chunk_id] = tuple(gradients)
 
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *rest: Any, **options: Any) -> None:
+        """Run what is left of the backward: all of it on the first stage, where nothing waits for gradients."""
+        self._backward_microbatch = bwd_chunk_id if self.is_first else -1
+        try:
+            super().backward_weight_one_chunk(bwd_chunk_id, *rest, **options)
+        finally:
+            self._backward_microbatch = -1
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        """Hand nothing to a stage before on the same rank when there is no backward; torch does not ask whether."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take the gradients of a stage behind on the same rank, if there is a backward."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def scale_grads(self, grad_scale_factor: int) -> None:
+        """Divide the gradients by the number of microbatches, if there was a backward; torch does so without one."""
+        if self.has_backward:
+            super().scale_grads(grad_scale_factor)
+
     def clear_runtime_states(self) -> None:
         """Begin a step: forget what an earlier one may have left."""
         super().clear_runtime_states()
         self.step += 1
         self.store.clear()
         self._leaves.clear()
+        self._unsent.clear()
 
     def _key(self, microbatch: int, name: str) -> Key:
         return microbatch, name, self.routes.owners[name]

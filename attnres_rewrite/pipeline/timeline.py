@@ -38,6 +38,8 @@ def timeline(plan: PipelinePlan, schedule: str, n_microbatches: int) -> list[Run
     placement = placement_for(schedule, plan.num_virtual)
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
+    if schedule == "1F1B" and n_microbatches < plan.num_ranks:
+        raise ValueError(f"1F1B takes at least as many microbatches as stages, {plan.num_ranks}, not {n_microbatches}")
     if schedule == "1F1B":
         queues = [_one_forward_one_backward(rank, plan.num_ranks, n_microbatches) for rank in range(plan.num_ranks)]
     else:

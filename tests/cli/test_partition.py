@@ -57,6 +57,10 @@ def test_a_gate_sends_the_running_sum_as_well(cli):
         (("--ranks", 0), 2, "at least 1"),
         (("--ranks", 2, "--heads", 3), 2, "num_heads=3 does not divide the"),
         (("--ranks", 2, "--mode", "best"), 2, "'naive', 'paper', 'exact'"),
+        (("--ranks", 2, "--microbatches", 4), 2, "give --plot as well"),
+        # both were once tracebacks, after the work
+        (("--ranks", 2, "-o", "/", "--force"), 2, "-o / is a folder"),
+        (("--ranks", 2, "-o", "/proc/plan.json"), 1, "the plan cannot be written"),
     ],
 )
 def test_what_is_refused(cli, options, code, says):

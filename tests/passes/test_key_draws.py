@@ -31,6 +31,10 @@ def run(program, microbatch=0):
 
 DRAWS = {
     "dropout": lambda self, x: self.drop(x),
+    "dropout in place": lambda self, x: nn.functional.dropout(x + 1, 0.5, True, True),
+    "dropout2d in place": lambda self, x: nn.functional.dropout2d((x + 1).view(8, 4, 2, 2), 0.5, True, True).view(
+        8, 16
+    ),
     "drop path": lambda self, x: x * x.new_empty(8, 1).bernoulli_(0.5),
     "statement": lambda self, x: _written(x),
     "rand": lambda self, x: x + torch.rand(8, 1),
@@ -65,8 +69,10 @@ def test_sites_draw_apart():
     assert not torch.equal(one, two)
 
 
-def test_what_draws_nothing_is_left_alone():
-    program = captured(lambda self, x: self.drop(x), training=False)
+# In place was once refused: to draw nothing, too
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_draws_nothing_is_left_alone(inplace):
+    program = captured(lambda self, x: nn.functional.dropout(x + 1, 0.5, self.drop.training, inplace), training=False)
     before = str(program.graph)
     assert key_draws(program.graph) == 0
     assert str(program.graph) == before

@@ -172,6 +172,31 @@ def test_two_streams_are_cut_as_one_model():
     assert plan.traffic["exact"].total_units <= plan.traffic["paper"].total_units
 
 
+class Convolutions(torch.nn.Module):
+    """Its channels are the second dimension; each layer is x + conv(norm(x))."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.GroupNorm(1, WIDTH), torch.nn.Conv1d(WIDTH, WIDTH, 3, padding=1))
+            for _ in range(4)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.mean(-1)
+
+
+# Once refused: a read of channels in another place than the last ends with a view
+def test_channels_first_are_cut_by_name():
+    x = torch.randn(2, WIDTH, 8)
+    new = ar.rewrite(Convolutions(), (x,), config=ar.AttnResConfig(block_size=1), verify=False, dynamic_shapes={})
+    plan = ar.partition(new, 2, cuts=["layers.2"])
+    assert plan.facts[1].modules == ("layers.2", "layers.3")
+    torch.testing.assert_close(run_stages(plan, x)[0], new(x))
+
+
 class TestBadInput:
     def test_more_stages_than_cuts(self, new):
         with pytest.raises(PartitionError, match="9 cuts, and the model has 8 reads"):
@@ -186,6 +211,8 @@ class TestBadInput:
         [
             (["layers.9"], "no module is called layers.9"),
             (["layers.1.mlp.down"], "does not begin with a read"),
+            (["layers.0"], "layers.0 begins before the first read"),
+            ([""], "no module is called ''"),
         ],
     )
     def test_names_that_begin_no_stage(self, new, cuts, says):
@@ -195,6 +222,10 @@ class TestBadInput:
     def test_names_out_of_order(self, new):
         with pytest.raises(PartitionError, match="order"):
             ar.partition(new, 3, cuts=["layers.2", "layers.1"])
+
+    def test_names_of_one_place(self, new):
+        with pytest.raises(PartitionError, match="layers.2 and layers.2.norm_1 are at the same place"):
+            ar.partition(new, 3, cuts=["layers.2", "layers.2.norm_1"])
 
     def test_too_few_names(self, new):
         with pytest.raises(ValueError, match="into 2 stages, not 4"):

@@ -43,7 +43,25 @@ def test_a_plan_for_another_model_is_refused(saved, other):
         ar.load_plan(saved, new)
 
 
-@pytest.mark.parametrize(("text", "says"), [("{}", "lacks model_hash, num_ranks"), ("no JSON", "is no plan")])
+# Once told that the plan is for another model
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"cuts": ["layers.9", "layers.2", "layers.3"]}, "was edited, .*\\n.*no module is called layers.9"),
+        ({"num_ranks": 3}, "was edited, .*\\n.*3 names of modules cut"),
+        ({"mode": "best"}, "was edited, .*\\n.*mode='best'"),
+        ({"num_ranks": "2"}, "the plan has num_ranks '2'"),
+        ({"cuts": None}, "the plan has cuts None"),
+    ],
+)
+def test_a_plan_that_was_edited(saved, edit, says):
+    with pytest.raises(PartitionError, match=says):
+        ar.load_plan(json.loads(saved.read_text()) | edit, rewritten())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{}", "lacks model_hash, num_ranks"), ("no JSON", "is no plan"), ("3", "is no plan")]
+)
 def test_a_file_that_is_no_plan(tmp_path, text, says):
     path = tmp_path / "plan.json"
     path.write_text(text)

@@ -31,6 +31,7 @@ CASES = {
         lambda self, ids, x: (x * (self.shared + self.one)) * (self.shared + self.two),
         ("one", "shared", "two"),
     ),
+    "used twice": (lambda self, ids, x: (x * self.one * self.two).tanh() * self.one, ("one",)),
     "sent as it is": (lambda self, ids, x: (x * self.one, self.table + ids), ("table",)),
 }
 

@@ -60,3 +60,9 @@ def test_virtual_stages_wait_less(new):
 def test_a_schedule_that_does_not_fit(new):
     with pytest.raises(ValueError, match="ZBVZeroBubble places stages as a v, the plan as a loop"):
         timeline(planned(new, "Interleaved1F1B"), "ZBVZeroBubble", 8)
+
+
+# Once drawn; torch does not run it
+def test_too_few_microbatches(new):
+    with pytest.raises(ValueError, match="as many microbatches as stages, 4, not 3"):
+        timeline(planned(new, "1F1B"), "1F1B", 3)
