@@ -219,7 +219,7 @@ def test_commands_of_the_page_run_end_to_end(trained):
     assert {variant for variant, loss in first.items() if abs(loss - first["original"]) > 1e-5} <= {"recency_bias"}
     assert facts["corpus"] == CORPUS.facts()
     assert [search["steps"] for search in facts["lr_search"]] == [4]
-    slower = {run["variant"]: run for run in facts["read_lr"]["runs"]}
+    slower = {run["variant"]: run for run in facts["read_lr"]["0.25"]["runs"]}
     assert {(variant, one["read_lr"]) for variant, one in slower.items()} == {("block", 0.25), ("full", 0.25)}
     assert all(one["final_validation"] != runs[variant]["final_validation"] for variant, one in slower.items())
     assert facts["throughput"] is None

@@ -54,20 +54,22 @@ def collect(out: Path, preset: str) -> Facts:
     folder = out / preset
     runs = [_read(path) for path in sorted(folder.glob("*/result.json")) if not path.parent.name.startswith("retrofit")]
     retrofits = [_read(path) for path in sorted(folder.glob("retrofit-*/result.json"))]
-    slow = [_read(path) for path in sorted(out.glob(f"read_lr/*/{preset}/*/result.json"))]
+    other_rates = [_read(path) for path in sorted(out.glob(f"read_lr/*/{preset}/*/result.json"))]
     if not runs:
         raise FileNotFoundError(f"no run under {folder}: train.py makes them")
-    for name, found in (("", runs), ("read_lr/", slow)):
-        if len(rates := {run["read_lr"] for run in found}) > 1:
-            raise ValueError(f"the runs under {out / name} were made with --read-lr {sorted(rates)}")
-    shared = _shared([*runs, *retrofits, *slow])
+    if len(rates := {run["read_lr"] for run in runs}) > 1:
+        raise ValueError(f"the runs under {folder} were made with --read-lr {sorted(rates)}")
+    shared = _shared([*runs, *retrofits, *other_rates])
     facts: Facts = dict(shared)
     facts["lr_search"] = [
         {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
         for run in sorted(map(_read, out.glob("lr/*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
     ]
     facts["training"] = compare(runs)
-    facts["read_lr"] = compare(slow) if slow else None
+    facts["read_lr"] = {
+        f"{rate:g}": compare(run for run in other_rates if run["read_lr"] == rate)
+        for rate in sorted({run["read_lr"] for run in other_rates})
+    }
     facts["retrofit"] = compare(retrofits) if retrofits else None
     for name in ("throughput", "look"):
         path = folder / f"{name}.json"

@@ -68,6 +68,22 @@ def read_variant_differences(facts: Facts) -> str:
     return _differences(facts["training"], "block", READS)
 
 
+def read_lr(facts: Facts) -> str:
+    """Final validation losses of Block and Full, their reads at the rate of the rest and at others."""
+    if not facts["read_lr"]:
+        return NOT_RUN
+    by_rate = {"1": facts["training"], **facts["read_lr"]}
+    seeds = sorted({seed for found in facts["read_lr"].values() for seed in _seeds(found["final_validation"])})
+    rows: list[list[str]] = []
+    for rate, found in sorted(by_rate.items(), key=lambda item: float(item[0])):
+        sides = [(NAMES[name], found["final_validation"].get(name), _loss) for name in ("block", "full")]
+        sides.append(("Full less Block", found["difference_to_block"].get("full"), _signed))
+        for label, row, spelled in sides:
+            by_seed = {} if row is None else row["by_seed"]
+            rows.append([f"x{rate}", label, *(spelled(by_seed.get(seed)) for seed in seeds)])
+    return _table(["rate of the reads", "", *(f"seed {seed}" for seed in seeds)], rows)
+
+
 def throughput(facts: Facts) -> str:
     """Time of a training step."""
     if facts["throughput"] is None:
@@ -200,6 +216,7 @@ TABLES: dict[str, Callable[[Facts], str]] = {
         curve,
         read_variants,
         read_variant_differences,
+        read_lr,
         throughput,
         retrofit_proof,
         retrofit_losses,
