@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import summarize  # noqa: E402
 import tables  # noqa: E402
 import throughput  # noqa: E402
 import train  # noqa: E402
-from settings import PRESETS, VARIANTS, config_of  # noqa: E402
+from settings import PRESETS, READS, VARIANTS, config_of  # noqa: E402
 from text import Corpus, is_validation, load_corpus  # noqa: E402
 
 import attnres_rewrite as ar  # noqa: E402
@@ -99,7 +100,24 @@ def test_optimizer_decays_matrices_only(models):
     assert {id(p) for p in reads["params"]} == {id(p) for p in ar.attnres_parameters(model)}
     assert all(p.ndim == 2 for p in decayed["params"])
     groups = (decayed, vectors, reads)
+    assert [group["scale"] for group in groups] == [1, 1, 1]
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_reads_may_learn_at_another_rate(models, tmp_path):
+    before = models["block"].state_dict()
+
+    def moved(read_lr):
+        model = copy.deepcopy(models["block"])
+        plan = loop.Plan(1, 1, TINY.lr, batch_seed=7, read_lr=read_lr)
+        loop.train(model, CORPUS, TINY, plan, tmp_path / str(read_lr))
+        return {name: (value - before[name]).abs().max().item() for name, value in model.state_dict().items()}
+
+    whole, quarter = moved(1.0), moved(0.25)
+    # AdamW's first step is as long as its rate
+    for name, far in whole.items():
+        expected = far / 4 if name.split(".")[-1] in ("query", "key_norm") else far
+        assert quarter[name] == pytest.approx(expected, abs=1e-6), name
 
 
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -112,17 +130,18 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
-@pytest.mark.parametrize("variant", ["original", "block"])
+@pytest.mark.parametrize("variant", ["original", "block", *READS])
 def test_resumed_run_equals_an_uninterrupted_one(variant, models, tmp_path):
-    whole_model, whole = run(models[variant], tmp_path / "whole")
+    model = models[variant] if variant in models else train.build(variant, 3, TINY)
+    whole_model, whole = run(model, tmp_path / "whole")
     assert len(whole.train_loss) == TINY.steps
     assert whole.train_loss[-1] < whole.train_loss[0]
 
-    _, half = run(models[variant], tmp_path / "parts", stop_at=8)
+    _, half = run(model, tmp_path / "parts", stop_at=8)
     assert len(half.train_loss) == 8
     # a fresh process has other numbers in its generator
     torch.manual_seed(99)
-    model, record = run(models[variant], tmp_path / "parts")
+    model, record = run(model, tmp_path / "parts")
     assert record.train_loss == whole.train_loss
     assert record.validation == whole.validation
     assert record.final_validation == whole.final_validation
@@ -176,6 +195,9 @@ def trained(tmp_path_factory):
         for module in (train, retrofit, look):
             patch.setattr(module, "load_corpus", lambda: CORPUS)
         train.main(where)
+        train.main([*where, "--variants", *READS])
+        slower = ["--variants", "block", "full", "--read-lr", "0.25", "--out", str(out / "read_lr" / "x")]
+        train.main(["--preset", "tiny", "--seeds", "0", *slower])
         retrofit.main([*where, "--variants", "original", "block"])
         train.main(["--preset", "tiny", *search])
         look.main([*where, "--variants", "block", "--figures", str(out / "figures")])
@@ -186,17 +208,20 @@ def trained(tmp_path_factory):
 def test_commands_of_the_page_run_end_to_end(trained):
     out, facts = trained
     runs = {run["variant"]: run for run in facts["training"]["runs"]}
-    assert list(runs) == list(VARIANTS)
+    assert list(runs) == [*VARIANTS, *READS]
     for variant, one in runs.items():
         assert one == {name: json.loads((out / f"tiny/{variant}-0/result.json").read_text())[name] for name in one}
         assert len(one["train_loss"]) == TINY.steps
         assert [step for step, _ in one["validation"]] == [4, 8, 12]
         assert one["ended"] is None
-    # zero queries: before the first step all variants are one function
-    first = [one["train_loss"][0] for one in runs.values()]
-    assert max(first) - min(first) < 1e-5
+    # zero queries: before the first step all variants are one function, but for the one that prefers a source
+    first = {variant: one["train_loss"][0] for variant, one in runs.items()}
+    assert {variant for variant, loss in first.items() if abs(loss - first["original"]) > 1e-5} <= {"recency_bias"}
     assert facts["corpus"] == CORPUS.facts()
     assert [search["steps"] for search in facts["lr_search"]] == [4]
+    slower = {run["variant"]: run for run in facts["read_lr"]["0.25"]["runs"]}
+    assert {(variant, one["read_lr"]) for variant, one in slower.items()} == {("block", 0.25), ("full", 0.25)}
+    assert all(one["final_validation"] != runs[variant]["final_validation"] for variant, one in slower.items())
     assert facts["throughput"] is None
     assert tables.throughput(facts) == "Not run."
 
@@ -261,15 +286,20 @@ def test_runs_that_do_not_compare_are_refused(trained, tmp_path):
     for variant in ("original", "block"):
         facts = json.loads((out / f"tiny/{variant}-0/result.json").read_text())
         facts["torch"] = variant
-        train.write_json(tmp_path / f"{variant}-0" / "result.json", facts)
+        train.write_json(tmp_path / "tiny" / f"{variant}-0" / "result.json", facts)
     with pytest.raises(ValueError, match="2 values of torch"):
-        summarize.collect(tmp_path, tmp_path / "lr")
+        summarize.collect(tmp_path, "tiny")
+    facts |= {"torch": "original", "read_lr": 0.5}
+    train.write_json(tmp_path / "tiny" / "block-0" / "result.json", facts)
+    with pytest.raises(ValueError, match=r"were made with --read-lr \[0\.5, 1\.0\]"):
+        summarize.collect(tmp_path, "tiny")
     with pytest.raises(FileNotFoundError, match=r"train\.py makes them"):
-        summarize.collect(tmp_path / "none", tmp_path / "lr")
+        summarize.collect(tmp_path / "none", "tiny")
 
 
 def test_comparison_is_paired_by_seed_and_leaves_out_what_did_not_end():
     made = {("original", 0): 2.0, ("original", 1): 3.0, ("block", 0): 1.5, ("block", 1): 2.9, ("full", 0): None}
+    made |= {("gate", 0): 1.75, ("gate", 1): 2.8}
     runs = [
         {"variant": variant, "seed": seed, "final_validation": loss, "ended": None if loss else "the loss is nan"}
         for (variant, seed), loss in made.items()
@@ -278,9 +308,16 @@ def test_comparison_is_paired_by_seed_and_leaves_out_what_did_not_end():
     assert found["final_validation"]["original"] == {"by_seed": {"0": 2.0, "1": 3.0}, "mean": 2.5, "sd": 0.707107}
     assert found["difference_to_original"]["block"]["mean"] == -0.3
     assert found["difference_to_original"]["block"]["by_seed"] == {"0": -0.5, "1": -0.1}
+    assert found["difference_to_block"] == {"gate": {"by_seed": {"0": 0.25, "1": -0.1}, "mean": 0.075, "sd": 0.247487}}
     assert "full" not in found["final_validation"]
     assert found["left_out"] == ["full, seed 0: the loss is nan"]
     assert "Left out: full, seed 0: the loss is nan." in tables.losses({"training": found})
+    # each table has its own variants
+    assert "gate" not in tables.losses({"training": found}) + tables.differences({"training": found})
+    assert "Left out" not in tables.read_variants({"training": found})
+    assert tables.read_variant_differences({"training": found}).splitlines()[2:] == [
+        "| Block, `gate=True` | +0.2500 | -0.1000 | +0.0750 | 0.2475 |"
+    ]
 
 
 def test_tables_of_the_page_equal_the_results():
@@ -303,6 +340,12 @@ def test_results_are_those_of_the_preset():
         assert again == facts[name]
 
 
+def test_results_say_which_read_was_trained():
+    runs = json.loads(RESULTS.read_text())["training"]["runs"]
+    assert all((run["read"], run["read_lr"]) == (READS.get(run["variant"], {}), 1) for run in runs)
+    assert {(run["variant"], run["seed"]) for run in runs} == set(product([*VARIANTS, *READS], range(3)))
+
+
 def test_page_with_a_wrong_mark_is_refused():
     with pytest.raises(ValueError, match="asks for a table 'lossy'"):
         summarize.with_tables("<!-- table: lossy -->\n<!-- end -->", {})
@@ -315,3 +358,12 @@ def test_presets_are_deep():
     assert PRESETS["gpu"].layers >= 16
     assert config_of("original", TINY) is None
     assert config_of("full", TINY).num_blocks == "full"
+
+
+def test_variants_of_the_read_are_block_with_one_field_more():
+    assert set(READS) == {"gate", "num_heads", "key_rank", "recency_bias"}
+    block = config_of("block", TINY)
+    for name in READS:
+        config = config_of(name, TINY)
+        assert getattr(config, name) != getattr(block, name)
+        assert replace(config, **{name: getattr(block, name)}) == block

@@ -26,12 +26,13 @@ Say = Callable[[int, float, float | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long, how fast, and from which draw of batches."""
+    """How long, how fast, and from which draw of batches; `read_lr` times `lr` is the rate of queries and gains."""
 
     steps: int
     warmup: int
     lr: float
     batch_seed: int
+    read_lr: float = 1.0
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ def train(
     Raises:
         ValueError: The checkpoint is of a run with another preset, plan or text.
     """
-    optimizer = optimizer_for(model, plan.lr, preset)
+    optimizer = optimizer_for(model, plan.lr, preset, plan.read_lr)
     batches = torch.Generator().manual_seed(plan.batch_seed)
     record, path = Record(), folder / "checkpoint.pt"
     settings = {**preset.facts(), **asdict(plan), "text": corpus.sha256}
@@ -94,7 +95,7 @@ def train(
     start = time.perf_counter() - record.seconds
     for step in range(len(record.train_loss) + 1, plan.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
+            group["lr"] = learning_rate(step, plan) * group["scale"]
         loss = training_step(run, draw(corpus.train, preset, batches), optimizer, preset)
         record.train_loss.append(loss)
         if not math.isfinite(loss):
@@ -128,20 +129,24 @@ def training_step(run: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer,
     return found
 
 
-def optimizer_for(model: nn.Module, lr: float, preset: Preset) -> torch.optim.AdamW:
-    """Return AdamW over three groups: matrices, with weight decay; vectors; queries and gains of reads, if any."""
+def optimizer_for(model: nn.Module, lr: float, preset: Preset, read_lr: float = 1.0) -> torch.optim.AdamW:
+    """Return AdamW over three groups: matrices, with weight decay; vectors; parameters of reads, if any.
+
+    The last group learns at `read_lr` times the rate of the others: its `scale`.
+    """
     try:
         reads = ar.attnres_parameters(model)
     except ar.NotAttachedError:
         reads = []
     of_reads = {id(parameter) for parameter in reads}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in of_reads]
+    matrices = [parameter for parameter in rest if parameter.ndim > 1]
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in rest if parameter.ndim > 1], "weight_decay": preset.weight_decay},
-        {"params": [parameter for parameter in rest if parameter.ndim == 1]},
+        {"params": matrices, "weight_decay": preset.weight_decay, "scale": 1.0},
+        {"params": [parameter for parameter in rest if parameter.ndim == 1], "scale": 1.0},
     ]
     if reads:
-        groups.append({"params": reads})
+        groups.append({"params": reads, "lr": lr * read_lr, "scale": read_lr})
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -217,8 +222,8 @@ def restore(
 ) -> Record:
     """Load what `save` wrote into the model, the optimizer and the generators, and return the record."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if other := [name for name, value in settings.items() if state["settings"][name] != value]:
-        spelled = "; ".join(f"{name} {state['settings'][name]} there, {settings[name]} now" for name in other)
+    if other := [name for name, value in settings.items() if state["settings"].get(name) != value]:
+        spelled = "; ".join(f"{name} {state['settings'].get(name)} there, {settings[name]} now" for name in other)
         raise ValueError(f"{path} is of another run ({spelled}): give another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

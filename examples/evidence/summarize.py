@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import PRESETS, VARIANTS
+from settings import PRESETS, READS, VARIANTS
 from tables import TABLES
 
 Facts = dict[str, Any]
+ORDER = (*VARIANTS, *READS)
 # what all runs of one comparison must share
 SHARED = ("corpus", "torch", "attnres_rewrite", "device", "threads", "preset")
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="only that, from the JSON file as it is")
     options = parser.parse_args(arguments)
     if not options.tables:
-        facts = collect(options.out / options.preset, options.out / "lr")
+        facts = collect(options.out, options.preset)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(dumps(facts))
         print(f"wrote {options.json}")
@@ -43,24 +44,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote the tables of {options.page}")
 
 
-def collect(folder: Path, searches: Path) -> Facts:
-    """Return what the runs under `folder` show together.
+def collect(out: Path, preset: str) -> Facts:
+    """Return what the runs of a preset under `out` show together.
 
     Raises:
         FileNotFoundError: There is no run.
-        ValueError: Runs differ in text, versions, machine or preset: they do not compare.
+        ValueError: Runs differ in text, versions, machine, preset or the rate of their reads: they do not compare.
     """
+    folder = out / preset
     runs = [_read(path) for path in sorted(folder.glob("*/result.json")) if not path.parent.name.startswith("retrofit")]
     retrofits = [_read(path) for path in sorted(folder.glob("retrofit-*/result.json"))]
+    other_rates = [_read(path) for path in sorted(out.glob(f"read_lr/*/{preset}/*/result.json"))]
     if not runs:
         raise FileNotFoundError(f"no run under {folder}: train.py makes them")
-    shared = _shared([*runs, *retrofits])
+    if len(rates := {run["read_lr"] for run in runs}) > 1:
+        raise ValueError(f"the runs under {folder} were made with --read-lr {sorted(rates)}")
+    shared = _shared([*runs, *retrofits, *other_rates])
     facts: Facts = dict(shared)
     facts["lr_search"] = [
         {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
-        for run in sorted(map(_read, searches.glob("*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
+        for run in sorted(map(_read, out.glob("lr/*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
     ]
     facts["training"] = compare(runs)
+    facts["read_lr"] = {
+        f"{rate:g}": compare(run for run in other_rates if run["read_lr"] == rate)
+        for rate in sorted({run["read_lr"] for run in other_rates})
+    }
     facts["retrofit"] = compare(retrofits) if retrofits else None
     for name in ("throughput", "look"):
         path = folder / f"{name}.json"
@@ -69,27 +78,33 @@ def collect(folder: Path, searches: Path) -> Facts:
 
 
 def compare(runs: Iterable[Mapping[str, Any]]) -> Facts:
-    """Return runs, means and spread of each variant, and the differences to the original of the same seed."""
+    """Return runs, means and spread of each variant, and its differences to the original and Block of the same seed."""
     own = [{name: value for name, value in run.items() if name not in SHARED} for run in runs]
-    own.sort(key=lambda run: (run["seed"], VARIANTS.index(run["variant"])))
+    own.sort(key=lambda run: (run["seed"], ORDER.index(run["variant"])))
     final = {(run["variant"], run["seed"]): run["final_validation"] for run in own}
     final = {key: loss for key, loss in final.items() if loss is not None}
-    losses = {name: {seed: loss for (variant, seed), loss in final.items() if variant == name} for name in VARIANTS}
+    losses = {name: {seed: loss for (variant, seed), loss in final.items() if variant == name} for name in ORDER}
     return {
         "final_validation": {name: spread(found) for name, found in losses.items() if found},
-        "difference_to_original": {
-            name: spread(
-                {seed: loss - losses["original"][seed] for seed, loss in found.items() if seed in losses["original"]}
-            )
-            for name, found in losses.items()
-            if name != "original" and found.keys() & losses["original"].keys()
-        },
+        "difference_to_original": _differences(losses, "original"),
+        "difference_to_block": _differences(losses, "block"),
         "left_out": [
             f"{run['variant']}, seed {run['seed']}: {run['ended'] or 'not trained to the end'}"
             for run in own
             if run["final_validation"] is None
         ],
         "runs": own,
+    }
+
+
+def _differences(losses: Mapping[str, Mapping[int, float]], base: str) -> Facts:
+    """Return, for each variant behind `base` in `ORDER`, its losses less those of `base`, by seed."""
+    behind = ORDER[ORDER.index(base) + 1 :]
+    paired = {name: losses[name].keys() & losses[base].keys() for name in behind}
+    return {
+        name: spread({seed: losses[name][seed] - losses[base][seed] for seed in seeds})
+        for name, seeds in paired.items()
+        if seeds
     }
 
 

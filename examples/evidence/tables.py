@@ -1,12 +1,15 @@
 """The collected results -> Markdown tables of the evidence page, by name."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from settings import VARIANTS
+from settings import READS, VARIANTS
 
 Facts = Mapping[str, Any]
-NAMES = {"original": "original", "block": "Block", "full": "Full"}
+NAMES = {"original": "original", "block": "Block", "full": "Full"} | {
+    name: f"Block, {', '.join(f'`{field}={value}`' for field, value in fields.items())}"
+    for name, fields in READS.items()
+}
 NOT_RUN = "Not run."
 
 
@@ -36,12 +39,12 @@ def lr_search(facts: Facts) -> str:
 
 def losses(facts: Facts) -> str:
     """Final validation losses of the training from the start."""
-    return _losses(facts["training"])
+    return _losses(facts["training"], VARIANTS)
 
 
 def differences(facts: Facts) -> str:
     """Differences to the original of the same seed."""
-    return _differences(facts["training"])
+    return _differences(facts["training"], "original", VARIANTS)
 
 
 def curve(facts: Facts) -> str:
@@ -53,6 +56,32 @@ def curve(facts: Facts) -> str:
         means = [_mean([points[index][1] for points in found[name]]) for name in VARIANTS]
         rows.append([str(step), *map(_loss, means)])
     return _table(["step", *(NAMES[name] for name in VARIANTS)], rows)
+
+
+def read_variants(facts: Facts) -> str:
+    """Final validation losses of Block with each variant of its read."""
+    return _losses(facts["training"], ["block", *READS])
+
+
+def read_variant_differences(facts: Facts) -> str:
+    """Differences of the variants of a read to Block of the same seed."""
+    return _differences(facts["training"], "block", READS)
+
+
+def read_lr(facts: Facts) -> str:
+    """Final validation losses of Block and Full, their reads at the rate of the rest and at others."""
+    if not facts["read_lr"]:
+        return NOT_RUN
+    by_rate = {"1": facts["training"], **facts["read_lr"]}
+    seeds = sorted({seed for found in facts["read_lr"].values() for seed in _seeds(found["final_validation"])})
+    rows: list[list[str]] = []
+    for rate, found in sorted(by_rate.items(), key=lambda item: float(item[0])):
+        sides = [(NAMES[name], found["final_validation"].get(name), _loss) for name in ("block", "full")]
+        sides.append(("Full less Block", found["difference_to_block"].get("full"), _signed))
+        for label, row, spelled in sides:
+            by_seed = {} if row is None else row["by_seed"]
+            rows.append([f"x{rate}", label, *(spelled(by_seed.get(seed)) for seed in seeds)])
+    return _table(["rate of the reads", "", *(f"seed {seed}" for seed in seeds)], rows)
 
 
 def throughput(facts: Facts) -> str:
@@ -80,12 +109,12 @@ def retrofit_proof(facts: Facts) -> str:
 
 def retrofit_losses(facts: Facts) -> str:
     """Final validation losses of the retrofit."""
-    return NOT_RUN if facts["retrofit"] is None else _losses(facts["retrofit"])
+    return NOT_RUN if facts["retrofit"] is None else _losses(facts["retrofit"], VARIANTS)
 
 
 def retrofit_differences(facts: Facts) -> str:
     """Differences of the retrofit to the twin of the same seed."""
-    return NOT_RUN if facts["retrofit"] is None else _differences(facts["retrofit"])
+    return NOT_RUN if facts["retrofit"] is None else _differences(facts["retrofit"], "original", VARIANTS)
 
 
 def dynamics(facts: Facts) -> str:
@@ -129,29 +158,29 @@ def maps(facts: Facts) -> str:
     return _table(["", "Block", "Full"], rows)
 
 
-def _losses(compared: Facts) -> str:
-    found = compared["final_validation"]
-    seeds = sorted({seed for row in found.values() for seed in row["by_seed"]}, key=int)
-    rows = [
-        [NAMES[name], *(_loss(row["by_seed"].get(seed)) for seed in seeds), _loss(row["mean"]), _loss(row["sd"])]
-        for name, row in found.items()
-    ]
-    return _with_left_out(_table(["", *(f"seed {seed}" for seed in seeds), "mean", "s.d."], rows), compared)
+def _losses(compared: Facts, names: Iterable[str]) -> str:
+    found = {name: compared["final_validation"][name] for name in names if name in compared["final_validation"]}
+    seeds = _seeds(found)
+    rows = [[NAMES[name], *_row(row, seeds, _loss)] for name, row in found.items()]
+    left_out = [f"\nLeft out: {line}." for line in compared["left_out"] if line.split(",")[0] in names]
+    return "\n".join([_table(["", *(f"seed {seed}" for seed in seeds), "mean", "s.d."], rows), *left_out])
 
 
-def _differences(compared: Facts) -> str:
-    found = compared["difference_to_original"]
-    seeds = sorted({seed for row in found.values() for seed in row["by_seed"]}, key=int)
-    rows = [
-        [NAMES[name], *(_signed(row["by_seed"].get(seed)) for seed in seeds), _signed(row["mean"]), _loss(row["sd"])]
-        for name, row in found.items()
-    ]
-    header = ["less the original", *(f"seed {seed}" for seed in seeds), "mean", "s.d."]
-    return _table(header, rows)
+def _differences(compared: Facts, base: str, names: Iterable[str]) -> str:
+    differences = compared[f"difference_to_{base}"]
+    found = {name: differences[name] for name in names if name in differences}
+    seeds = _seeds(found)
+    rows = [[NAMES[name], *_row(row, seeds, _signed)] for name, row in found.items()]
+    less = "less the original" if base == "original" else f"less {NAMES[base]}"
+    return _table([less, *(f"seed {seed}" for seed in seeds), "mean", "s.d."], rows)
 
 
-def _with_left_out(table: str, compared: Facts) -> str:
-    return "\n".join([table, *(f"\nLeft out: {line}." for line in compared["left_out"])])
+def _seeds(found: Facts) -> list[str]:
+    return sorted({seed for row in found.values() for seed in row["by_seed"]}, key=int)
+
+
+def _row(row: Facts, seeds: Sequence[str], spelled: Callable[[float | None], str]) -> list[str]:
+    return [*(spelled(row["by_seed"].get(seed)) for seed in seeds), spelled(row["mean"]), _loss(row["sd"])]
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -185,6 +214,9 @@ TABLES: dict[str, Callable[[Facts], str]] = {
         losses,
         differences,
         curve,
+        read_variants,
+        read_variant_differences,
+        read_lr,
         throughput,
         retrofit_proof,
         retrofit_losses,

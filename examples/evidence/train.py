@@ -5,7 +5,12 @@
 All variants of a seed start from the same weights and see the same batches in the same order, so their losses are
 compared in pairs. The rewritten ones come from `ar.rewrite(model, ...)`, proofs included. Each run keeps a checkpoint
 in its folder and goes on from it; `RUN/result.json` has its losses and what they were made with. `summarize.py` reads
-these. --lr, --steps and --variants are for the search of the learning rate, which was made for the original alone.
+these.
+
+    python examples/evidence/train.py --preset cpu --seeds 0 1 2 --variants gate num_heads key_rank recency_bias
+
+trains Block with each variant of its read. --lr and --steps are for the search of the learning rate, which was made for
+the original alone; --read-lr gives queries and gains another rate than the rest.
 """
 
 import argparse
@@ -22,7 +27,7 @@ from loop import Plan, Record, Say, train
 from model import Gpt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import PRESETS, VARIANTS, Preset, config_of
+from settings import PRESETS, READS, VARIANTS, Preset, config_of
 from text import Corpus, load_corpus
 from torch import nn
 
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         for variant in options.variants:
             folder = run_folder(options.out, options.preset, variant, seed)
-            record = train_variant(variant, seed, preset, corpus, folder, console, options.stop_at)
+            record = train_variant(variant, seed, preset, corpus, folder, console, options.stop_at, options.read_lr)
             report(console, f"{variant}, seed {seed}", record)
 
 
@@ -50,10 +55,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *READS])
     parser.add_argument("--out", type=Path, default=Path("out/evidence"))
     parser.add_argument("--lr", type=float, help="instead of the preset's")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
+    parser.add_argument("--read-lr", type=float, default=1.0, help="of queries and gains, times the rate of the rest")
     parser.add_argument("--stop-at", type=int, help="leave each run after this step; the same command goes on")
     return parser.parse_args(arguments)
 
@@ -66,13 +72,15 @@ def train_variant(
     folder: Path,
     console: Console,
     stop_at: int | None = None,
+    read_lr: float = 1.0,
 ) -> Record:
     """Train one variant from one seed, or go on with it, and write `result.json`."""
     model = build(variant, seed, preset)
-    plan = Plan(preset.steps, preset.warmup, preset.lr, BATCH_SEED + seed)
+    plan = Plan(preset.steps, preset.warmup, preset.lr, BATCH_SEED + seed, read_lr)
     with progress(console, f"{variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say, stop_at)
-    facts = {"variant": variant, "seed": seed, "preset": preset.facts(), **record.facts(), **circumstances(corpus)}
+    named = {"variant": variant, "seed": seed, "read": READS.get(variant, {}), "read_lr": read_lr}
+    facts = {**named, "preset": preset.facts(), **record.facts(), **circumstances(corpus)}
     write_json(folder / "result.json", facts)
     return record
 
