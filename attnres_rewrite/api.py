@@ -19,7 +19,7 @@ from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import check_inputs_given, plain_inputs
-from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel
+from attnres_rewrite.kernels.routes import kernels_of, why_no_kernel, why_no_variant_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
@@ -252,7 +252,7 @@ def put_reads_in(
 def _report(
     model: Model, config: AttnResConfig, captured: Captured, own: Planned, inserted: Inserted, seconds: float
 ) -> RewriteReport:
-    reasons = [(_why_no_kernel(plan), _why_no_direct_kernel(config)) for plan in own.plans]
+    reasons = [(*_kernels(plan), _why_no_direct_kernel(config)) for plan in own.plans]
     streams = [
         describe_stream(plan, inserted.groups, inserted.fused, *why)
         for plan, why in zip(own.plans, reasons, strict=True)
@@ -260,11 +260,12 @@ def _report(
     return report_from(_name_of(model), config, captured, streams, own.search.left_alone, seconds)
 
 
-def _why_no_kernel(plan: BlockPlan) -> str | None:
+def _kernels(plan: BlockPlan) -> tuple[str, str | None]:
+    """Return the name of the kernels that run the reads, and why they do not, or None."""
     root = tensor_of(plan.stream.root)
     assert root is not None
     most = max((read.num_sources for read in plan.reads), default=0)
-    return why_no_kernel(root.device, plan.stream.dtype, most, plan.stream.width)
+    return kernels_of(root.device), why_no_kernel(root.device, plan.stream.dtype, most, plan.stream.width)
 
 
 def _why_no_direct_kernel(config: AttnResConfig) -> str | None:

@@ -14,9 +14,10 @@
         partial, update, outs[1], lses[1], queries[1], key_norms[1], weight, None, 1e-6
     )
 
-On a GPU each is a `torch.library` custom op around Triton kernels, differentiable, and one node for torch.compile; on
-any other device it is plain PyTorch over the list of sources, which Inductor fuses. float64, and channels that are not
-contiguous, run as plain PyTorch on a GPU too; that is warned of, and `launches` says so. So do the variants of a read.
+On a GPU each is a `torch.library` custom op around Triton kernels, differentiable, and one node for torch.compile. On
+a CPU torch.compile makes it one too, around kernels in C++; run eagerly, and on any other device, it is plain PyTorch
+over the list of sources. float64, and channels that are not contiguous, run as plain PyTorch everywhere; on a GPU that
+is warned of, and `launches` says so. So do the variants of a read.
 
 Sources are a list or tuple of tensors [..., D] of one shape, dtype and device; leading dimensions may have any strides.
 Sums are float32 (float64 for float64), results are cast once to the dtype of the sources. At most 256 sources and

@@ -49,7 +49,8 @@ class StreamReport:
         blocks: (first update, last update) of each block, counted from 1.
         reads: In the order of their states.
         groups: Reads that share their finished sources, with the bytes of each schedule.
-        runs_as: "Triton kernels", or "plain PyTorch (cpu)" with the reason in parentheses.
+        runs_as: "Triton kernels", "C++ kernels under torch.compile, else plain PyTorch", or "plain PyTorch (float64)"
+            with the reason in parentheses.
     """
 
     name: str
@@ -194,12 +195,14 @@ def describe_stream(
     plan: BlockPlan,
     groups: Sequence[ReadGroup],
     fused: Sequence[FusedRead],
+    kernels: str,
     why_no_kernel: str | None,
     why_no_direct_kernel: str | None = None,
 ) -> StreamReport:
     """Return the facts of one planned stream; `groups` and `fused` are those of all streams.
 
-    `why_no_kernel` is why none runs on this device; `why_no_direct_kernel` why none does the reads that are direct.
+    `kernels` names those of the device; `why_no_kernel` is why none of them runs, `why_no_direct_kernel` why none does
+    the reads that are direct.
     """
     stream = plan.stream
     names = {read.name for read in plan.reads}
@@ -228,18 +231,18 @@ def describe_stream(
             for read in plan.reads
         ),
         groups=own,
-        runs_as=_runs_as({group.schedule for group in own}, why_no_kernel, why_no_direct_kernel),
+        runs_as=_runs_as({group.schedule for group in own}, kernels, why_no_kernel, why_no_direct_kernel),
     )
 
 
-def _runs_as(schedules: set[str], why_no_kernel: str | None, why_no_direct_kernel: str | None) -> str:
+def _runs_as(schedules: set[str], kernels: str, why_no_kernel: str | None, why_no_direct_kernel: str | None) -> str:
     if why_no_direct_kernel is not None and schedules == {"direct"}:
         return f"plain PyTorch ({why_no_direct_kernel})"
     if why_no_kernel is not None:
         return f"plain PyTorch ({why_no_kernel})"
     if why_no_direct_kernel is not None and "direct" in schedules:
-        return f"Triton kernels in two phases, plain PyTorch where direct ({why_no_direct_kernel})"
-    return "Triton kernels"
+        return f"{kernels}; in two phases, and plain PyTorch where direct ({why_no_direct_kernel})"
+    return kernels
 
 
 def describe_capture(captured: Captured) -> CaptureReport:

@@ -1,8 +1,8 @@
 """What runs an operation, a kernel or plain PyTorch; why; and how often it did.
 
 Plain PyTorch is the meaning. On a GPU Triton kernels run instead, and on a CPU C++ kernels, but there under
-torch.compile alone, which needs a C++ compiler anyway. `why_no_kernel` has the reason where they do not; it is counted,
-and warned of once where it is on a GPU.
+torch.compile alone, which needs a C++ compiler anyway. `why_not_kernel` has the reason where they do not: it is
+counted, and warned of once where it is on a GPU.
 """
 
 import warnings
@@ -81,23 +81,28 @@ def _is_traced(tensor: Tensor) -> bool:
 def why_not_kernel(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
     """Return why the kernels cannot take these tensors [..., D], or None."""
     first = tensors[0]
+    if first.device.type == "cpu" and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        return "cpu"
     reason = why_no_kernel(first.device, first.dtype, len(tensors), first.shape[-1])
     if reason is not None:
         return reason
-    if any(tensor.dtype != first.dtype for tensor in tensors):
-        return "the tensors have several dtypes"
     added = [] if update is None else [update]
+    if any(tensor.dtype != first.dtype for tensor in tensors) or any(u.dtype not in _KERNEL_DTYPES for u in added):
+        return "the tensors have several dtypes"
     if any(tensor.stride(-1) != 1 and tensor.shape[-1] != 1 for tensor in (*tensors, *added)):
         return "the channels of a tensor are not contiguous"
+    if first.device.type == "cpu" and not prepare(first.dtype):
+        return "cpu, no C++ compiler"
     return None
 
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, width: int) -> str | None:
-    """Return why no kernel mixes `num_sources` tensors of `width` channels on this device in this dtype, or None."""
+    """Return why no kernel mixes `num_sources` tensors of `width` channels on this device in this dtype, or None.
+
+    Of a CPU it says what is so under torch.compile.
+    """
     if device.type not in ("cpu", "cuda"):
         return device.type
-    if device.type == "cpu" and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
-        return "cpu"
     if device.type == "cuda" and not _HAS_TRITON:
         return "triton is not installed"
     if dtype not in _KERNEL_DTYPES:
@@ -106,9 +111,12 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype, num_sources: int, wi
         return f"{num_sources} sources, kernels take {MAX_SOURCES}"
     if width > MAX_WIDTH:
         return f"{width} channels, kernels take {MAX_WIDTH}"
-    if device.type == "cpu" and not prepare(dtype):
-        return "cpu, no C++ compiler"
     return None
+
+
+def kernels_of(device: torch.device) -> str:
+    """Name the kernels of a device that has some, for reports."""
+    return "Triton kernels" if device.type == "cuda" else "C++ kernels under torch.compile, else plain PyTorch"
 
 
 def why_no_variant_kernel(num_heads: int, key_rank: int | None, recency_bias: float) -> str | None:

@@ -12,7 +12,9 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
     ("arguments", "reason"),
     [
         ((CUDA, torch.bfloat16, 256, 16384), None),
-        ((CPU, torch.bfloat16, 2, 8), "cpu"),
+        ((CPU, torch.bfloat16, 2, 8), None),
+        ((CPU, torch.float64, 2, 8), "float64"),
+        ((torch.device("meta"), torch.bfloat16, 2, 8), "meta"),
         ((CUDA, torch.float64, 2, 8), "float64"),
         ((CUDA, torch.bfloat16, 257, 8), "257 sources, kernels take 256"),
         ((CUDA, torch.bfloat16, 2, 16385), "16385 channels, kernels take 16384"),
@@ -23,7 +25,7 @@ def test_why_no_kernel(arguments, reason):
     assert why_no_kernel(*arguments) == reason
 
 
-def test_tensors_on_a_cpu_are_no_work_for_a_kernel():
+def test_an_eager_call_on_a_cpu_is_no_work_for_a_kernel():
     assert why_not_kernel([torch.zeros(2, 8)]) == "cpu"
 
 
