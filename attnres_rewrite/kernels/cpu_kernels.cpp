@@ -202,9 +202,9 @@ struct Mix {
   const float* factors;  // Q, of the mixes
 };
 
-void mix(const Mix& args) {
+void mix(const Mix& args, int num_threads) {
   const int64_t N = args.num_sources, Q = args.num_queries, D = args.width;
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
   {
     Tile values(N, D), probes(args.probes == nullptr ? 0 : Q, D), outs(args.outs == nullptr ? 0 : Q, D);
     std::vector<float> weights(Q * N), found(Q + 1);
@@ -248,9 +248,9 @@ struct MixBackward {
   const float* factors;  // Q, of the mixes
 };
 
-void mix_backward(const MixBackward& args) {
+void mix_backward(const MixBackward& args, int num_threads) {
   const int64_t N = args.num_sources, Q = args.num_queries, D = args.width, T = args.num_tokens;
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
   {
     // the gradients first: `terms` is what the gradient of a source is made of
     Tile values(N, D), terms(2 * Q, D), sums(Q, D), dvalues(N, D);
@@ -319,9 +319,9 @@ void load_as(Tile& tile, int64_t row, const Rows& rows, int64_t tensor, int64_t 
   if (kind == 2) tile.load(row, rows.row<c10::Half>(tensor, token));
 }
 
-void merge(const Merge& args) {
+void merge(const Merge& args, int num_threads) {
   const int64_t D = args.width;
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
   {
     Tile tile(8, D);
     float *p = tile[0], *o = tile[1], *u = tile[2], *mixed = tile[3], *probe = tile[4], *weight = tile[5];
@@ -383,10 +383,10 @@ struct MergeBackward {
   float factor;
 };
 
-void merge_backward(const MergeBackward& args) {
+void merge_backward(const MergeBackward& args, int num_threads) {
   const int64_t D = args.width, T = args.num_tokens;
   const int64_t num_vectors = 1 + (args.weight != nullptr) + (args.has_bias != 0);
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
   {
     Tile tile(11, D), sums(3, D);
     float *p = tile[0], *o = tile[1], *g = tile[2], *y = tile[3], *probe = tile[4], *weight = tile[5];
@@ -449,7 +449,7 @@ void merge_backward(const MergeBackward& args) {
 }
 
 #define ATTNRES_EXPORT(NAME, ARGUMENTS) \
-  extern "C" void attnres_##NAME(const ARGUMENTS* args) { NAME(*args); }
+  extern "C" void attnres_##NAME(const ARGUMENTS* args, int num_threads) { NAME(*args, num_threads); }
 
 ATTNRES_EXPORT(mix, Mix)
 ATTNRES_EXPORT(mix_backward, MixBackward)

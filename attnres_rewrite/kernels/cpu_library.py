@@ -62,8 +62,10 @@ def num_chunks(num_tokens: int, partial: Tensor) -> int:
 
 
 def call(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
-    """Run one kernel on rows of a dtype."""
-    getattr(library(dtype).result(), f"attnres_{name}")(ctypes.byref(arguments))
+    """Run one kernel on rows of a dtype, with as many threads as torch."""
+    kernel = getattr(library(dtype).result(), f"attnres_{name}")
+    # said outright: a library of the compiler's own OpenMP does not know what torch was told
+    kernel(ctypes.byref(arguments), ctypes.c_int(torch.get_num_threads()))
 
 
 @cache
