@@ -60,7 +60,12 @@ def _like(own: Tensor, given: Tensor) -> Tensor:
 
 
 def _with_tied(new: RewrittenModule, program: Program, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    added = {f"{read.name}.{leaf}" for plan in program.plans for read in plan.reads for leaf in ("query", "key_norm")}
+    added = {
+        f"{read.name}.{leaf}"
+        for plan in program.plans
+        for read in plan.reads
+        for leaf in new.config.parameter_sizes(plan.stream.width)
+    }
     wanted = {name: value for name, value in new.state_dict(keep_vars=True).items() if name not in added}
     by_tensor = {id(value): given[name] for name, value in wanted.items() if name in given}
     complete = {name: given.get(name, by_tensor.get(id(value))) for name, value in wanted.items()}

@@ -31,6 +31,11 @@ def test_a_twin_gives_its_values(new):
     assert not any("attn_res" in name for name in values)
 
 
+def test_a_twin_has_no_gates():
+    new = ar.rewrite(gpt(1), (ids(),), config=ar.AttnResConfig(num_blocks=1, gate=True), verify=False)
+    assert "norm.weight" in twin_values(new, new.programs[False], gpt(1))
+
+
 def test_a_tied_name_may_be_given_once(new):
     for left_out in ("head.weight", "embed.weight"):
         state = {name: value for name, value in gpt(1).state_dict().items() if name != left_out}
