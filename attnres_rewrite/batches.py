@@ -38,8 +38,8 @@ class Inputs:
             return flat_inputs(graph, self.args, self.kwargs)
         except TypeError as why:
             raise TypeError(
-                f'a batch has other inputs than the network: {why}. What is for the loss alone goes under "{LABELS}" of a '
-                "mapping of the inputs by name"
+                f"a batch has other inputs than the network: {why}. What is for the loss alone goes under "
+                f'"{LABELS}" of a mapping of the inputs by name'
             ) from why
 
 

@@ -49,8 +49,8 @@ def diagnose(
         batches: Each a tensor, a tuple or list of positional inputs, or a mapping of inputs by name, on the device of
             the network. "labels" that the network does not take are kept for the loss.
         loss_fn: (outputs, batch) -> a tensor of one element. None: the outputs' own `loss`; else the next-token
-            cross-entropy of logits [B, T, V] and of labels [B, T], or of input_ids, or the first integers [B, T]. Labels
-            beside decoder_input_ids are not shifted.
+            cross-entropy of logits [B, T, V] and of labels [B, T], or of input_ids, or the first integers [B, T].
+            Labels beside decoder_input_ids are not shifted.
         baseline: What the original network is run with: None for the parameters of `new`; a state dict, or the module,
             of a twin that was trained without the rewrite; False to leave it out, in half the time.
         max_batches: Stop after so many.
