@@ -61,3 +61,5 @@ def test_another_model_is_refused_with_names(new):
         ar.diagnose(new, [ids()], baseline=new)
     with pytest.raises(TypeError, match="baseline is a state dict, a module, None or False; got str"):
         ar.diagnose(new, [ids()], baseline="twin.pt")
+    with pytest.raises(TypeError, match="got dict whose 'model' is a OrderedDict, not a tensor"):
+        ar.diagnose(new, [ids()], baseline={"model": state, "step": 3})
