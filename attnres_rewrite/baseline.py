@@ -47,7 +47,7 @@ def twin_values(new: RewrittenModule, program: Program, twin: nn.Module | Mappin
     # callers are not all type-checked
     if not isinstance(twin, Mapping) or not all(isinstance(value, Tensor) for value in twin.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
         seen = type(twin).__name__
-        if isinstance(twin, Mapping):
+        if isinstance(twin, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             name, value = next((name, value) for name, value in twin.items() if not isinstance(value, Tensor))
             seen += f" whose {name!r} is a {type(value).__name__}, not a tensor"
         raise TypeError(f"baseline is a state dict, a module, None or False; got {seen}")

@@ -93,7 +93,7 @@ def _default_loss(outputs: Any, inputs: Inputs) -> Tensor:
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
-    targets = _tokens(inputs) if inputs.labels is None else inputs.labels
+    targets: Any = _tokens(inputs) if inputs.labels is None else inputs.labels
     # a decoder is fed its labels one place later, so those stand where they are predicted
     is_aligned = inputs.labels is not None and DECODED in inputs.kwargs
     for logits in pytree.tree_leaves(outputs):
