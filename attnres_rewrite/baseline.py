@@ -46,9 +46,11 @@ def twin_values(new: RewrittenModule, program: Program, twin: nn.Module | Mappin
         twin = twin.state_dict()
     # callers are not all type-checked
     if not isinstance(twin, Mapping) or not all(isinstance(value, Tensor) for value in twin.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"baseline is a state dict, a module, None or False; got {type(twin).__name__} that is none of them"
-        )
+        seen = type(twin).__name__
+        if isinstance(twin, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            name, value = next((name, value) for name, value in twin.items() if not isinstance(value, Tensor))
+            seen += f" whose {name!r} is a {type(value).__name__}, not a tensor"
+        raise TypeError(f"baseline is a state dict, a module, None or False; got {seen}")
     given = _with_tied(new, program, twin)
     values = own_values(new, program.original)
     return {name: _like(value, given[name]) if name in given else value for name, value in values.items()}
@@ -60,7 +62,12 @@ def _like(own: Tensor, given: Tensor) -> Tensor:
 
 
 def _with_tied(new: RewrittenModule, program: Program, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    added = {f"{read.name}.{leaf}" for plan in program.plans for read in plan.reads for leaf in ("query", "key_norm")}
+    added = {
+        f"{read.name}.{leaf}"
+        for plan in program.plans
+        for read in plan.reads
+        for leaf in new.config.parameter_sizes(plan.stream.width)
+    }
     wanted = {name: value for name, value in new.state_dict(keep_vars=True).items() if name not in added}
     by_tensor = {id(value): given[name] for name, value in wanted.items() if name in given}
     complete = {name: given.get(name, by_tensor.get(id(value))) for name, value in wanted.items()}

@@ -16,7 +16,7 @@ from attnres_rewrite.inputs import flat_inputs
 
 Loss = Callable[[Any, Any], Tensor]
 
-LABELS = "labels"
+LABELS, DECODED = "labels", "decoder_input_ids"
 IGNORED = -100  # a label that counts for nothing, as in torch and transformers
 
 
@@ -26,7 +26,7 @@ class Inputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    labels: Tensor | None
+    labels: Any
 
     def leaves(self, graph: fx.Graph) -> list[Any]:
         """Return the flat inputs of the captured program.
@@ -34,7 +34,13 @@ class Inputs:
         Raises:
             TypeError: It takes others.
         """
-        return flat_inputs(graph, self.args, self.kwargs)
+        try:
+            return flat_inputs(graph, self.args, self.kwargs)
+        except TypeError as why:
+            raise TypeError(
+                f"a batch has other inputs than the network: {why}. What is for the loss alone goes under "
+                f'"{LABELS}" of a mapping of the inputs by name'
+            ) from why
 
 
 def inputs_of(batch: Any, graph: fx.Graph) -> Inputs:
@@ -50,7 +56,7 @@ def inputs_of(batch: Any, graph: fx.Graph) -> Inputs:
         labels = named.get(LABELS)
         if LABELS not in _names(graph):
             named.pop(LABELS, None)
-        return Inputs((), named, labels if isinstance(labels, Tensor) else None)
+        return Inputs((), named, labels)
     if isinstance(batch, tuple | list):
         return Inputs(tuple(batch), {}, None)
     raise TypeError(
@@ -75,7 +81,10 @@ def loss_of(outputs: Any, batch: Any, inputs: Inputs, loss_fn: Loss | None) -> T
         shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"loss_fn(outputs, batch) must return a tensor of one element; got {shape}")
     if not loss.requires_grad:
-        raise ValueError("the loss does not depend on the outputs, or loss_fn detached them: it has no gradient")
+        raise ValueError(
+            "the loss has no gradient: it does not depend on the outputs, loss_fn detached them, or this runs under "
+            "torch.inference_mode()"
+        )
     return loss.reshape(())
 
 
@@ -84,27 +93,33 @@ def _default_loss(outputs: Any, inputs: Inputs) -> Tensor:
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
-    targets = _tokens(inputs) if inputs.labels is None else inputs.labels
+    targets: Any = _tokens(inputs) if inputs.labels is None else inputs.labels
+    # a decoder is fed its labels one place later, so those stand where they are predicted
+    is_aligned = inputs.labels is not None and DECODED in inputs.kwargs
     for logits in pytree.tree_leaves(outputs):
-        if targets is not None and _fits(logits, targets):
+        if _fits(logits, targets):
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
+            wide, wanted = (wide, targets) if is_aligned else (wide[:, :-1], targets[:, 1:])
+            return F.cross_entropy(wide.flatten(0, 1), wanted.flatten().long(), ignore_index=IGNORED)
     raise ValueError(
-        "the outputs have no loss, and no logits [batch, length, vocabulary] that fit token ids [batch, length] of the "
-        "inputs; give loss_fn(outputs, batch)"
+        "the outputs have no loss, and no logits [batch, length, vocabulary] that fit labels or token ids "
+        "[batch, length] of the batch, of two tokens or more; give loss_fn(outputs, batch)"
     )
 
 
-def _fits(logits: Any, targets: Tensor) -> bool:
+def _fits(logits: Any, targets: Any) -> bool:
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() != 3:
+        return False
+    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
         return False
     return logits.shape[:2] == targets.shape and targets.shape[1] > 1
 
 
 def _tokens(inputs: Inputs) -> Tensor | None:
-    """Return the ids that a decoder predicts the next of, or the first integers of the call."""
-    decoded = inputs.kwargs.get("decoder_input_ids")
-    leaves = pytree.tree_leaves((decoded, inputs.args, inputs.kwargs))
+    """Return the ids that a decoder predicts the next of, those of that name, or the first integers of the call."""
+    # by name first: a mask is of integers, too
+    named = [inputs.kwargs.get(name) for name in (DECODED, "input_ids")]
+    leaves = pytree.tree_leaves((named, inputs.args, inputs.kwargs))
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS), None)
 
 

@@ -49,7 +49,8 @@ def diagnose(
         batches: Each a tensor, a tuple or list of positional inputs, or a mapping of inputs by name, on the device of
             the network. "labels" that the network does not take are kept for the loss.
         loss_fn: (outputs, batch) -> a tensor of one element. None: the outputs' own `loss`; else the next-token
-            cross-entropy of logits [B, T, V] and of labels [B, T], or the first integers [B, T] of the inputs.
+            cross-entropy of logits [B, T, V] and of labels [B, T], or of input_ids, or the first integers [B, T].
+            Labels beside decoder_input_ids are not shifted.
         baseline: What the original network is run with: None for the parameters of `new`; a state dict, or the module,
             of a twin that was trained without the rewrite; False to leave it out, in half the time.
         max_batches: Stop after so many.
@@ -128,16 +129,30 @@ def _program_of(new: RewrittenModule) -> Program:
     if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise NotRewrittenError(
             explain(
-                "there are no reads to look at: the network is not rewritten",
+                "there are no reads to look at: the network is not what rewrite() or load() returned",
                 None,
-                f"This is a {type(new).__name__}, not what rewrite() or load() returned.",
-                "Add  new = attnres_rewrite.rewrite(model, args)  and diagnose that. An attached model is rewritten "
-                "from its class, too; then new.load_state_dict(attached.state_dict()).",
+                *_what_it_is(new),
             )
         )
     if any(value.is_meta for value in new.parameters()):
         raise ValueError("the parameters are on the meta device, which holds no numbers: nothing can be run")
     return program_with_values(new)
+
+
+def _what_it_is(other: object) -> tuple[str, str]:
+    """Say what was given in the place of a rewrite, and what to do."""
+    kind = type(other).__name__
+    parts = list(other.modules()) if isinstance(other, nn.Module) else []
+    if any(isinstance(part, RewrittenModule) for part in parts):
+        return f"This is a {kind} around one.", "Give the RewrittenModule itself: it shares its parameters."
+    if any("attn_res" in part._modules for part in parts):
+        return (
+            f"This is a {kind} with reads that attach() added; they run under torch.compile alone.",
+            "Build the model anew, without attach(), and rewrite it with the same config:  "
+            "new = attnres_rewrite.rewrite(model, args, config=config).  Then  "
+            "new.load_state_dict(attached.state_dict())  and diagnose that.",
+        )
+    return f"This is a {kind}.", "Add  new = attnres_rewrite.rewrite(model, args)  and diagnose that."
 
 
 def _sides(new: RewrittenModule, program: Program, baseline: Baseline) -> list[Side]:

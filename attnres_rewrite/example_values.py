@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from attnres_rewrite.baseline import own_values
 from attnres_rewrite.copying import copy_graph, map_plan
@@ -24,9 +25,19 @@ def program_with_values(new: RewrittenModule) -> Program:
     graph, copies = copy_graph(program.original)
     module = fx.GraphModule(own_values(new, graph), graph)
     inputs = flat_inputs(program.original, new.example_inputs.args, new.example_inputs.kwargs)
+    inputs = pytree.tree_map_only(Tensor, lambda value: _moved_along(value, new, program), inputs)
     with torch.no_grad():
         _Noting(module, graph=graph).run(*inputs, enable_io_processing=False)
     return Program(program.graph, graph, tuple(map_plan(plan, copies) for plan in program.plans))
+
+
+def _moved_along(value: Tensor, new: RewrittenModule, program: Program) -> Tensor:
+    """Bring an example input to where new.to() has brought the network: its device, and its dtype where that tells."""
+    plan = program.plans[0]
+    query = new.get_parameter(plan.reads[0].query_name)
+    made_in = new.config.param_dtype or torch.promote_types(plan.stream.dtype, torch.float32)
+    is_cast = value.is_floating_point() and query.dtype != made_in
+    return value.to(query.device, query.dtype if is_cast else value.dtype)
 
 
 class _Noting(fx.Interpreter):

@@ -90,7 +90,7 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         _part_blocks(axes, of)
         _label_reads(axes, of.reads, named)
         _label_sources(axes, columns)
-        axes.set_title(_title(diagnosis, of, "depth attention"))
+        _set_title(axes, diagnosis, of, "depth attention")
     return figure
 
 
@@ -116,7 +116,8 @@ def _label_reads(axes: "Axes", reads: Sequence[ReadDiagnosis], named: bool) -> N
         axes.set_yticks(range(len(reads)), labels)
     else:
         step = _step(len(reads), 12)
-        rows = [row for row, read in enumerate(reads) if read.state % step == 0]
+        # states that are multiples, where there are any: layers of one read each may have none but odd states
+        rows = [row for row, read in enumerate(reads) if read.state % step == 0] or range(0, len(reads), step)
         axes.set_yticks(rows, [str(reads[row].state) for row in rows])
     axes.set_ylabel("state that is read")
     axes.tick_params(length=2)
@@ -152,7 +153,7 @@ def magnitudes(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         upper.set_ylabel("rms of the sum")
         lower.set_ylabel("rms of the update")
         lower.set_xlabel("update")
-        upper.set_title(_title(diagnosis, of, "magnitudes"))
+        _set_title(upper, diagnosis, of, "magnitudes")
         upper.legend(frameon=False)
     return figure
 
@@ -174,7 +175,7 @@ def gradient_norms(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         )
         axes.set_ylabel("gradient norm")
         axes.set_xlabel("update")
-        axes.set_title(_title(diagnosis, of, "gradients of the updates"))
+        _set_title(axes, diagnosis, of, "gradients of the updates")
         axes.legend(frameon=False)
     return figure
 
@@ -202,7 +203,7 @@ def entropies(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         _number_depth(axes, len(of.updates))
         axes.set_ylabel("entropy (nats)")
         axes.set_xlabel("state that is read")
-        axes.set_title(_title(diagnosis, of, "entropy of the reads"))
+        _set_title(axes, diagnosis, of, "entropy of the reads")
         figure.legend(frameon=False, loc="outside lower center", ncols=2)
     return figure
 
@@ -244,8 +245,9 @@ def _shade_blocks(axes: "Axes", of: StreamDiagnosis) -> None:
         axes.axvspan(first - 0.5, last + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
 
 
-def _title(diagnosis: Diagnosis, of: StreamDiagnosis, what: str) -> str:
-    return what if len(diagnosis.streams) == 1 else f"{of.name}: {what}"
+def _set_title(axes: "Axes", diagnosis: Diagnosis, of: StreamDiagnosis, what: str) -> None:
+    # a dollar in a name is no formula
+    axes.set_title(what if len(diagnosis.streams) == 1 else f"{of.name}: {what}", parse_math=False)
 
 
 def _stream_of(diagnosis: Diagnosis, stream: int) -> StreamDiagnosis:

@@ -31,6 +31,11 @@ def test_a_twin_gives_its_values(new):
     assert not any("attn_res" in name for name in values)
 
 
+def test_a_twin_has_no_gates():
+    new = ar.rewrite(gpt(1), (ids(),), config=ar.AttnResConfig(num_blocks=1, gate=True), verify=False)
+    assert "norm.weight" in twin_values(new, new.programs[False], gpt(1))
+
+
 def test_a_tied_name_may_be_given_once(new):
     for left_out in ("head.weight", "embed.weight"):
         state = {name: value for name, value in gpt(1).state_dict().items() if name != left_out}
@@ -56,3 +61,5 @@ def test_another_model_is_refused_with_names(new):
         ar.diagnose(new, [ids()], baseline=new)
     with pytest.raises(TypeError, match="baseline is a state dict, a module, None or False; got str"):
         ar.diagnose(new, [ids()], baseline="twin.pt")
+    with pytest.raises(TypeError, match="got dict whose 'model' is a OrderedDict, not a tensor"):
+        ar.diagnose(new, [ids()], baseline={"model": state, "step": 3})

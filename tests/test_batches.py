@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from attnres_rewrite.batches import Inputs, inputs_of, loss_of
 
@@ -44,6 +45,8 @@ def test_every_form_of_a_batch():
         inputs_of(3, GRAPH)
     with pytest.raises(TypeError, match="takes input_ids; got 0 positional and"):
         inputs_of({"input_ids": IDS, "attention_mask": IDS}, GRAPH).leaves(GRAPH)
+    with pytest.raises(TypeError, match='got 2 positional.*for the loss alone goes under "labels" of a mapping'):
+        inputs_of((IDS, IDS), GRAPH).leaves(GRAPH)
 
 
 def test_labels_that_are_not_taken_are_kept_for_the_loss():
@@ -63,6 +66,20 @@ def test_the_next_token_of_the_ids_or_of_the_labels():
     torch.testing.assert_close(loss_of((LOGITS,), None, Inputs((IDS,), {}, labels), None), by_hand(labels))
     decoder = Inputs((), {"input_ids": IDS, "decoder_input_ids": IDS - 1}, None)
     torch.testing.assert_close(loss_of(LOGITS, None, decoder, None), by_hand(IDS - 1))
+
+
+def test_ids_are_found_by_their_name_before_a_mask_and_in_any_integers():
+    mask = Inputs((), {"attention_mask": torch.ones_like(IDS), "input_ids": IDS.int()}, None)
+    torch.testing.assert_close(loss_of(LOGITS, None, mask, None), by_hand(IDS))
+    labelled = Inputs((IDS,), {}, (IDS - 1).int())
+    torch.testing.assert_close(loss_of(LOGITS, None, labelled, None), by_hand(IDS - 1))
+
+
+def test_labels_of_a_decoder_stand_where_they_are_predicted():
+    labels = torch.tensor([[0, 3, -100], [5, -100, 2]])
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS - 1}
+    wanted = F.cross_entropy(LOGITS.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss_of(LOGITS, None, Inputs((), batch, labels), None), wanted)
 
 
 def test_the_outputs_own_loss_comes_first():
@@ -91,3 +108,8 @@ def test_a_given_loss_sees_the_batch():
 def test_no_loss_is_refused(outputs, loss_fn, says):
     with pytest.raises(ValueError, match=says):
         loss_of(outputs, None, Inputs((IDS,), {}, None), loss_fn)
+
+
+def test_labels_that_are_no_tensor_are_not_passed_over_for_the_ids():
+    with pytest.raises(ValueError, match="fit labels or token ids"):
+        loss_of(LOGITS, None, inputs_of({"input_ids": IDS, "labels": IDS.tolist()}, GRAPH), None)

@@ -488,6 +488,8 @@ def test_what_is_refused(new):
         ar.diagnose(gpt(), [ids()])
     with pytest.raises(ar.NotRewrittenError):
         ar.depth_weights(gpt(), ids())
+    with pytest.raises(ar.NotRewrittenError, match=r"a Sequential around one\.\n.*RewrittenModule itself"):
+        ar.diagnose(nn.Sequential(new), [ids()])
     with pytest.raises(ValueError, match="there is no batch"):
         ar.diagnose(new, [])
     with pytest.raises(ValueError, match="max_batches=0 must be at least 1"):
@@ -496,6 +498,18 @@ def test_what_is_refused(new):
         ar.diagnose(new, ids())
     with pytest.raises(TypeError, match="also takes ids"):
         ar.diagnose(new, [{}])
+
+
+def test_an_attached_model_is_refused_and_the_remedy_works():
+    config = ar.AttnResConfig(num_blocks=2)
+    attached, fresh = gpt(2), gpt(2)
+    ar.attach(attached, config, args=(ids(),))
+    nn.init.normal_(ar.attnres_parameters(attached)[0])
+    with pytest.raises(ar.NotRewrittenError, match=r"with reads that attach\(\) added.*\n.*load_state_dict"):
+        ar.diagnose(attached, [ids()])
+    new = ar.rewrite(fresh, (ids(),), config=config, verify=False)
+    new.load_state_dict(attached.state_dict())
+    assert ar.diagnose(new, [ids()]).streams[0].reads[0].entropy < math.log(2) - 1e-3
 
 
 def test_depth_weights_are_those_of_every_token():

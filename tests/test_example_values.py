@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.example_values import program_with_values
@@ -19,6 +19,17 @@ class Positions(Gpt):
         return self.head(self.norm(self.layers[1](x)))
 
 
+class Vectors(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.layer, self.norm = nn.Linear(4, 4), layer, nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.layer(x)
+        return self.norm(x + self.layer(x))
+
+
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_a_saved_rewrite_gives_the_same_figures(tmp_path, num_rows):
     model = Positions(2, dropout=0.1).eval()
@@ -33,6 +44,16 @@ def test_a_saved_rewrite_gives_the_same_figures(tmp_path, num_rows):
     weights = ar.depth_weights(new, ids())
     for name, value in ar.depth_weights(again, ids()).items():
         assert torch.equal(value, weights[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_saved_rewrite_in_another_dtype_takes_its_batches(tmp_path, dtype):
+    layer = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    new = ar.rewrite(Vectors(layer).eval(), (torch.ones(2, 4),), verify=False)
+    again = ar.load(ar.save(new, tmp_path / "saved")).to(dtype)
+    batch, loss = torch.eye(4, dtype=dtype), lambda outputs, batch: outputs.square().mean()
+    assert ar.diagnose(again, [batch], loss_fn=loss).streams[0].num_tokens == 4
+    assert ar.depth_weights(again, batch)
 
 
 def test_values_have_shapes_and_no_memory():

@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,19 @@ def test_files(tmp_path):
 def test_streams_have_files_of_their_own(tmp_path):
     made = plots.save_plots(diagnosis(4, 2, streams=2), tmp_path, formats=("svg",))
     assert [path.name for path in made][:5:4] == ["stream.1.depth_attention.svg", "stream.2.depth_attention.svg"]
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path):
+    found = diagnosis(4, 2, streams=2)
+    named = replace(found, streams=tuple(replace(stream, name="a$x^$b") for stream in found.streams))
+    assert plots.save_plots(named, tmp_path, formats=("svg",))
+
+
+def test_reads_of_odd_states_alone_are_numbered():
+    found = diagnosis(90, 6)
+    odd = replace(found.streams[0], reads=found.streams[0].reads[::2])
+    labels = plots.depth_attention(replace(found, streams=(odd,))).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels][:2] == ["1", "9"]
 
 
 def test_no_state_of_pyplot_is_used(monkeypatch):

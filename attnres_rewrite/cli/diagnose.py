@@ -4,7 +4,7 @@ The data file is the user's code: its factory returns an iterable of batches, or
 """
 
 import inspect
-import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +134,13 @@ def _check_folder(target: Path, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ArtifactError(explain(f"{target} is no folder", remedy="-o names a folder."))
     folder = target if target.exists() else target.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ArtifactError(explain(f"{folder} cannot be written", remedy="-o names another folder."))
+    try:
+        # permissions do not tell: a root user passes them all, and a read-only file system has its own mind
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as why:
+        remedy = "-o names another folder."
+        raise ArtifactError(explain(f"{folder} cannot be written", None, str(why), remedy)) from why
 
 
 def _rewritten(model: str, found: load.Loaded, config: "ar.AttnResConfig") -> "ar.RewrittenModule":
@@ -174,7 +179,15 @@ def _load_data(spec: str) -> _Data:
     if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
         seen = f"It returned a {type(cast(object, batches)).__name__}."
         raise ModelSpecError(explain(f"{spec} gives no batches", None, seen, RETURNS))
-    return _Data(cast(Iterable[Any], batches), loss_fn)
+    return _Data(cast(Iterable[Any], batches), None if loss_fn is None else _blamed(loss_fn, spec))
+
+
+def _blamed(loss_fn: Callable[[Any, Any], Any], spec: str) -> Callable[[Any, Any], Any]:
+    def loss(outputs: Any, batch: Any) -> Any:
+        with load._blaming(f"the loss_fn of {spec} raised"):
+            return loss_fn(outputs, batch)
+
+    return loss
 
 
 RETURNS = "A data factory takes no arguments and returns an iterable of batches, or (batches, loss_fn)."
@@ -226,12 +239,19 @@ def _load_twin(path: str) -> Any:
         raise ModelSpecError(
             explain(f"--baseline {path} cannot be read", None, f"{type(why).__name__}: {why}")
         ) from why
-    return values if isinstance(values, Mapping) else None
+    # None would be the network's own parameters
+    if not isinstance(values, Mapping):
+        seen = f"It holds a {type(values).__name__}."
+        raise ModelSpecError(
+            explain(f"--baseline {path} is no state dict", None, seen, "torch.save(twin.state_dict())")
+        )
+    return cast(Mapping[str, Any], values)
 
 
 def _warn(diagnosis: "ar.Diagnosis", wanted: int | None) -> None:
     if wanted is not None and diagnosis.num_batches < wanted:
-        render.warning(f"the data has {diagnosis.num_batches} batches, fewer than --batches {wanted}")
+        has = render._many(diagnosis.num_batches, "batch", "batches")
+        render.warning(f"the data has {has}, fewer than --batches {wanted}")
     if diagnosis.num_nonfinite:
         which = ", ".join(map(str, diagnosis.nonfinite_batches))
         more = ", ..." if len(diagnosis.nonfinite_batches) < diagnosis.num_nonfinite else ""

@@ -120,13 +120,14 @@ def _load_diagnosis(path: Path) -> "ar.Diagnosis":
 
 
 def _refuse_other_model(learnt: "ar.Diagnosis", report: "ar.RewriteReport", path: str) -> None:
-    """Refuse a diagnosis whose reads are not those of the page: their names, or what they mix."""
+    """Refuse a diagnosis whose reads are not those of the page: their names, what they mix, or its width."""
     seen = [(read.name, len(read.sources)) for stream in learnt.streams for read in stream.reads]
     wanted = [(read.query_name.removesuffix(".query"), read.num_sources) for read in report.reads]
-    if seen == wanted:
+    widths, own_widths = ([stream.width for stream in of.streams] for of in (learnt, report))
+    if (seen, widths) == (wanted, own_widths):
         return
     differs = next((pair for pair in zip(seen, wanted, strict=False) if pair[0] != pair[1]), None)
-    why = f"It has {len(seen)} reads, and {report.model} has {len(wanted)}."
+    why = f"It has {len(seen)} reads of widths {widths}, and {report.model} has {len(wanted)} of {own_widths}."
     if differs is not None:
         (name, count), (own_name, own_count) = differs
         why = f"It has {name} with {count} sources where {report.model} has {own_name} with {own_count}."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.fxgraph import num_bytes_of, shape_of, tensor_of
 from attnres_rewrite.module import Program, RewrittenModule
 from attnres_rewrite.pipeline.costs import Device, flops_of, seconds_of_many_tokens
@@ -17,6 +18,10 @@ from attnres_rewrite.report import RewriteReport, StreamReport
 
 # of each merge: its add moves three rows, the norm behind it two, and its backward three; the original has them, too
 ORIGINAL_ROWS_A_MERGE = 8
+# with a gate: the add of the running sum moves three rows at each update, and the backward adds up the two gradients of
+# what is added, three; at each read product and add move three in one pass, their backward three, and three to add up
+# the gradients of the running sum
+GATE_ROWS_AN_UPDATE, GATE_ROWS_A_READ = 6, 9
 # a backward costs about twice a forward
 STEP_TO_FORWARD = 3
 
@@ -28,7 +33,7 @@ class StreamForecast:
     name: str
     row_bytes: int
     num_rows: int  # that the last read mixes: the root and all blocks
-    moved_bytes: int  # by reads, and by the adds and norms beside merges, in one training step
+    moved_bytes: int  # by reads and gates, and by the adds and norms beside merges, in one training step
     original_bytes: int  # of these, what the original's own adds and norms move
 
     @property
@@ -87,33 +92,37 @@ class Forecast:
 def forecast(report: RewriteReport, model: RewrittenModule | None) -> Forecast:
     """Work out what the reads of a report add."""
     device = Device()
-    gains = 2 if report.config["key_norm"] else 1
+    has_gate = report.config.get("gate", False)
+    config = AttnResConfig(key_norm=report.config["key_norm"], key_rank=report.config.get("key_rank"), gate=has_gate)
     parameter_bytes = sum(
-        gains * len(stream.reads) * stream.width * _parameter_dtype(report, stream).itemsize
+        sum(config.parameter_sizes(stream.width).values())
+        * len(stream.reads)
+        * _parameter_dtype(report, stream).itemsize
         for stream in report.streams
     )
     return Forecast(
         num_parameters=report.num_parameters_added,
         parameter_bytes=parameter_bytes,
-        streams=tuple(_of_stream(stream) for stream in report.streams),
+        streams=tuple(_of_stream(stream, has_gate) for stream in report.streams),
         device=device,
         step=None if model is None else _step(model.programs[model.training], device),
     )
 
 
 def _parameter_dtype(report: RewriteReport, stream: StreamReport) -> torch.dtype:
-    """Return the dtype of the queries and gains: that of the config, or the stream's, but never below float32."""
+    """Return the dtype of what is added: that of the config, or the stream's, but never below float32."""
     chosen = report.config["param_dtype"]
     return getattr(torch, chosen) if chosen else torch.promote_types(getattr(torch, stream.dtype), torch.float32)
 
 
-def _of_stream(stream: StreamReport) -> StreamForecast:
+def _of_stream(stream: StreamReport, has_gate: bool) -> StreamForecast:
     row_bytes = stream.width * getattr(torch, stream.dtype).itemsize
+    gate_rows = GATE_ROWS_AN_UPDATE * stream.num_updates + GATE_ROWS_A_READ * len(stream.reads)
     return StreamForecast(
         name=stream.name,
         row_bytes=row_bytes,
         num_rows=1 + len(stream.blocks),
-        moved_bytes=sum(chosen_bytes(group) for group in stream.groups),
+        moved_bytes=sum(chosen_bytes(group) for group in stream.groups) + has_gate * row_bytes * gate_rows,
         original_bytes=sum(ORIGINAL_ROWS_A_MERGE * row_bytes * group.num_merges for group in stream.groups),
     )
 

@@ -28,6 +28,8 @@ from attnres_rewrite.source_lines import place
 from attnres_rewrite.version import __version__
 
 TOKEN_COUNTS = (1, 4096, 131072)
+# with three digits; Python would write 1e+03
+ROUNDS_TO_1000 = 999.5
 
 
 def html_report(report_or_model: RewriteReport | RewrittenModule, *, figures: Mapping[str, str] | None = None) -> str:
@@ -139,19 +141,23 @@ def many(count: int, noun: str) -> str:
 def size_text(num_bytes: float) -> str:
     """Write a number of bytes in the unit that fits: 1.5 MB is 1,500,000 bytes."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
+        if abs(num_bytes) < ROUNDS_TO_1000:
+            return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
+    return f"{_digits(num_bytes)} TB"
 
 
 def time_text(ns: float) -> str:
     """Write a time in the unit that fits: 1500 ns are 1.5 µs."""
     for unit in ("ns", "µs"):
-        if ns < 1000:
+        if abs(ns) < ROUNDS_TO_1000:
             return f"{ns:.3g} {unit}"
         ns /= 1000
-    return f"{ns:,.3g} ms"
+    return f"{_digits(ns)} ms"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < ROUNDS_TO_1000 else f"{value:,.0f}"
 
 
 def error_text(value: float) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 
 from attnres_rewrite.fxgraph import op_name
 from attnres_rewrite.kernels.inter_block.op import inter_block
-from attnres_rewrite.kernels.merge.op import add_merge_norm, merge
+from attnres_rewrite.kernels.merge.op import add_merge_norm, merge, with_recency_bias
 from attnres_rewrite.kernels.read.op import block_attn_res
 from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import Program
@@ -30,10 +30,14 @@ def sketch_after(program: Program, plan: BlockPlan, layer: Layer) -> Sketch:
     mixes = {read.mix for read in reads}
     phases = {read.phase for read in reads if read.phase is not None}
     wanted = {*between(program.graph, {start}, mixes), *mixes, *phases}
-    specials = _adds(reads, plan, wanted, root)
+    specials = _adds(reads, plan, wanted, root) | _gated_adds(program.graph, reads, wanted, root)
     specials |= {read.phase: _phase_box(read.phase, read.finished) for read in reads if read.phase is not None}
     specials |= {read.mix: _read_box(read) for read in reads}
-    window = [node for node in program.graph.nodes if node in wanted and not _is_scale_of_source(node, specials, root)]
+    window = [
+        node
+        for node in program.graph.nodes
+        if node in wanted and node.target is not with_recency_bias and not _is_scale_of_source(node, specials, root)
+    ]
     inputs = _inputs(reads, plan, specials.values(), wanted)
     if start is root and root not in inputs:
         inputs = {root: _root_box(), **inputs}
@@ -172,6 +176,25 @@ def _adds(reads: Iterable[_Read], plan: BlockPlan, window: set[fx.Node], root: f
     return found
 
 
+def _gated_adds(graph: fx.Graph, reads: Iterable[_Read], window: set[fx.Node], root: fx.Node) -> dict[fx.Node, Special]:
+    """Find the adds of the running sum, which gates keep, and those that a gated mix joins it with."""
+    joined = {node.meta["gate_of"]: node for node in graph.nodes if "gate_of" in node.meta and op_name(node) == "add"}
+    found: dict[fx.Node, Special] = {}
+    for read in reads:
+        if joined.get(read.plan.name) not in window:
+            continue
+        total, product = _nodes(joined[read.plan.name].args)
+        box = Box("add", "add", "the gated mix joins the running sum", "stream")
+        found[joined[read.plan.name]] = Special(box, (Operand(_source(total, root), "stream"), Operand(product)))
+        add, state = _source(total, root), read.plan.state
+        while add in window and op_name(add) == "add":
+            before, added = _source(_node(add.args[0]), root), _node(add.args[1])
+            note = f"{numbered('x', state)} = {numbered('x', state - 1)} + {numbered('u', state)}"
+            found[add] = Special(Box("add", "add", note, "stream"), (Operand(before, "stream"), Operand(added)))
+            add, state = before, state - 1
+    return found
+
+
 def _add_note(plan: BlockPlan, update: int) -> str:
     number = next(number for number, block in enumerate(plan.blocks, start=1) if update in block)
     finishes = update == plan.blocks[number - 1].stop - 1
@@ -185,7 +208,11 @@ def _inputs(
     labels: dict[fx.Node, Box] = {}
     for read in reads:
         labels |= _labels(read, plan)
-    used = dict.fromkeys(origin(operand.node) for special in specials for operand in special.operands)
+    operands = [operand for special in specials for operand in special.operands]
+    sums = dict.fromkeys(origin(operand.node) for operand in operands if operand.tint == "stream")
+    so_far = Box("input", "x", "the running sum so far", "stream")
+    labels |= {node: so_far for node in sums if node not in labels}
+    used = dict.fromkeys(origin(operand.node) for operand in operands)
     outside = [node for node in used if node not in window]
     known = [node for node in labels if node in outside]
     rest = [node for node in outside if node not in labels]

@@ -132,14 +132,15 @@ def test_the_plots_of_a_diagnosis(cli, tiny_file, diagnosis, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda reads: reads[0].update(name="layers.9.attn_res.0"), "It has layers.9.attn_res.0 with"),
-        (lambda reads: reads[0]["sources"].append("block 7"), "sources where Tiny has"),
-        (lambda reads: reads.pop(), "reads, and Tiny has"),
+        (lambda stream: stream["reads"][0].update(name="layers.9.attn_res.0"), "It has layers.9.attn_res.0 with"),
+        (lambda stream: stream["reads"][0]["sources"].append("block 7"), "sources where Tiny has"),
+        (lambda stream: stream["reads"].pop(), "reads of widths [8], and Tiny has"),
+        (lambda stream: stream.update(width=16), "of widths [16], and Tiny has"),
     ],
 )
 def test_the_diagnosis_of_another_model_is_refused(cli, tiny_file, diagnosis, tmp_path, change, says):
     facts = json.loads(diagnosis.read_text())
-    change(facts["streams"][0]["reads"])
+    change(facts["streams"][0])
     diagnosis.write_text(json.dumps(facts))
     target = tmp_path / "tiny.html"
     done = cli("report", tiny_file, "--blocks", 2, "--no-verify", "--diagnosis", diagnosis, "-o", target)

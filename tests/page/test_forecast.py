@@ -1,5 +1,7 @@
 """Bytes and operations, against counts made by other means."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,12 +24,20 @@ def test_bytes_of_a_report(report):
     assert found.ratios is None
 
 
-def test_parameters_are_those_of_the_model():
-    new = ar.rewrite(gpt(), (ids(),), config=ar.AttnResConfig(num_blocks=2), dynamic_shapes={}, verify=False)
+@pytest.mark.parametrize("variant", [{}, {"gate": True}, {"key_rank": 4, "key_norm": False}], ids=str)
+def test_parameters_are_those_of_the_model(variant):
+    config = ar.AttnResConfig(num_blocks=2, **variant)
+    new = ar.rewrite(gpt(), (ids(),), config=config, dynamic_shapes={}, verify=False)
     added = [value for name, value in new.named_parameters() if ".attn_res." in f".{name}"]
     found = forecast(new.report, new)
     assert found.num_parameters == sum(value.numel() for value in added)
     assert found.parameter_bytes == sum(value.numel() * value.element_size() for value in added)
+
+
+def test_gates_move_bytes_too(report):
+    gated = replace(report, config=report.config | {"gate": True})
+    # 3 updates and 2 reads of rows of 32 bytes
+    assert forecast(gated, None).extra_bytes == forecast(report, None).extra_bytes + (3 * 6 + 2 * 9) * 32
 
 
 def test_operations_are_those_that_torch_counts():

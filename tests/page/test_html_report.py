@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import attnres_rewrite as ar
-from attnres_rewrite.page.html_report import size_text
+from attnres_rewrite.page.html_report import size_text, time_text
 from tests.networks import gpt, ids
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -185,6 +185,20 @@ def test_a_failed_proof_is_no_small_print(report):
     assert [row[8] for row in page.table("Proof", "Verdict")[1:]] == ["failed", "proven"]
 
 
+def test_it_says_that_a_recency_bias_changes_the_start(report):
+    def text(**variant: object) -> str:
+        return Page(ar.html_report(replace(report, config={"key_norm": True, "param_dtype": None} | variant))).text
+
+    assert "does NOT start" not in text()
+    biased = text(recency_bias=2.0)
+    assert "does NOT start as the original: recency_bias=2.0" in biased
+    assert "at zero queries, with the recency bias left out, the rewritten" in biased
+    gated = text(recency_bias=2.0, gate=True)
+    assert "does NOT start" not in gated
+    assert "at zero gates, whatever the queries, the rewritten" in gated
+    assert "added to" in gated
+
+
 def test_a_report_alone_has_no_picture_of_a_layer(report):
     page = Page(ar.html_report(report))
     assert not page.all("svg")
@@ -216,7 +230,13 @@ def test_what_is_no_svg_is_refused(report):
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "shown"), [(0, "0 B"), (999, "999 B"), (1536, "1.54 kB"), (3.2e9, "3.2 GB"), (5e15, "5e+03 TB")]
+    ("num_bytes", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1536, "1.54 kB"), (999_600, "1 MB"), (3.2e9, "3.2 GB"), (5e15, "5,000 TB")],
 )
 def test_sizes(num_bytes, shown):
     assert size_text(num_bytes) == shown
+
+
+@pytest.mark.parametrize(("ns", "shown"), [(0, "0 ns"), (999.6, "1 µs"), (1500, "1.5 µs"), (1.2345e9, "1,234 ms")])
+def test_times(ns, shown):
+    assert time_text(ns) == shown

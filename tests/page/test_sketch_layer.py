@@ -85,6 +85,38 @@ STEPS = {
 }
 
 
+def test_gates_keep_the_running_sum():
+    _, after = sketches(*rewritten(gpt(3), num_blocks=3, schedule="direct", gate=True))
+    assert described(after) == [
+        "x₀: the root",
+        "b₁: block 1: updates 1 to 2",
+        "x: the running sum so far",
+        "read of x₂: softmax over 2 sources",
+        "mul: 1 operation",
+        "add: the gated mix joins the running sum",
+        "norm_1: LayerNorm",
+        "attn: Attention",
+        "add: x₃ = x₂ + u₃",
+        "read of x₃: softmax over 3 sources",
+        "mul: 1 operation",
+        "add: the gated mix joins the running sum",
+        "norm_2: LayerNorm",
+        "mlp: Mlp",
+        "add: u₄ completes block 2",
+        "read of x₄: softmax over 3 sources",
+    ]
+    assert {wire for wire in wires(after) if wire[2] == "stream"} >= {
+        (2, 5, "stream"),
+        (2, 8, "stream"),
+        (8, 11, "stream"),
+    }
+
+
+def test_a_recency_bias_is_no_box_of_its_own():
+    _, after = sketches(*rewritten(gpt(3), num_blocks=3, schedule="two_phase", recency_bias=1.0))
+    assert not [box for box in after.boxes if "bias" in box.title]
+
+
 @pytest.mark.parametrize("schedule", ["direct", "two_phase"])
 @pytest.mark.parametrize("name", STEPS)
 def test_every_read_drawn_has_all_its_sources(name, schedule):
