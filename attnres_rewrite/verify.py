@@ -172,6 +172,8 @@ def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence
 
 def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]) -> Proof:
     num_gradients = sum(gradient is not None for gradient in reference[1])
+    for what, values in (("outputs", reference[0]), ("gradients", reference[1])):
+        _refuse_no_number(what, values)
     if float32_ops:
         notes[f"no float64 kernel, run in float32: {', '.join(sorted(float32_ops))}"] = None
     if not num_gradients:
@@ -186,6 +188,20 @@ def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[
         num_gradients=num_gradients,
         limit=FLOAT32_LIMIT if float32_ops else FLOAT64_LIMIT,
     )
+
+
+def _refuse_no_number(what: str, values: Sequence[Any]) -> None:
+    """Raise ProofError when all of `values` is NaN or infinite: any two networks would be equal."""
+    floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()]
+    if floats and not any(bool(torch.isfinite(value).any()) for value in floats):
+        raise ProofError(
+            explain(
+                f"nothing can be proven: the {what} of the original hold no finite number",
+                None,
+                "A parameter or an example input is NaN or infinite, or a mask hides every token.",
+                "Give other example inputs, or look where the first NaN comes from.",
+            )
+        )
 
 
 def _as_zeros(reference: list[Tensor | None], found: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
