@@ -218,10 +218,14 @@ def _of_one_graph(gm: fx.GraphModule, training: bool, route: str, start: float) 
 
 
 def _mode_of(node: fx.Node) -> bool | None:
+    if op_name(node) in _MASKS or (op_name(node) == "scaled_dot_product_attention" and argument(node, 4, "dropout_p")):
+        return True
     position, name = _MODE_ARGUMENTS.get(op_name(node), (0, ""))
     return bool(argument(node, position, name)) if name else None
 
 
+# random masks: stochastic depth draws them in train mode only
+_MASKS = frozenset("bernoulli bernoulli_ rand rand_like".split())
 # where an op says whether it is training
 _MODE_ARGUMENTS = {
     "dropout": (2, "train"),
