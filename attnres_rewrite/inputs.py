@@ -39,7 +39,7 @@ def check_inputs(
     """
     for (name, value), found in zip(constants, given, strict=True):
         # NaN is a constant, too
-        if isinstance(found, torch.Tensor) or (found != value and (found == found or value == value)):  # noqa: PLR0124
+        if isinstance(found, torch.Tensor) or (found != value and (found == found or value == value)):
             shown = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
             raise ValueError(
                 f"{name} is {shown}; the program was captured for {name}={value!r}, and computes nothing else. "
@@ -67,10 +67,10 @@ def check_inputs(
                 )
     for text, tree in conditions:
         if not holds(tree, tensors):
-            sizes = ", ".join(f"{name} {list(tensor.shape)}" for (name, _), tensor in zip(expected, tensors, strict=True))
             raise ValueError(
-                f"the program was captured where {text}, and this call has {sizes}: the model may do something else "
-                "there. Rewrite again with example inputs of these sizes"
+                f"the program was captured where {text}, and this call has sizes "
+                f"{[list(tensor.shape) for tensor in tensors]}: the model may do something else there. "
+                "Rewrite again with example inputs of these sizes"
             )
 
 

@@ -99,7 +99,9 @@ def _tree(node: ast.AST, paths: Sequence[str], tensors: Sequence[int]) -> Any:
     match node:
         case ast.Constant(value=int() | float() as value):
             return value
-        case ast.Subscript(value=ast.Call(func=ast.Attribute(value=source, attr="size")), slice=ast.Constant(value=dim)):
+        case ast.Subscript(
+            value=ast.Call(func=ast.Attribute(value=source, attr="size")), slice=ast.Constant(value=dim)
+        ):
             return ("size", tensors.index(_input_number(ast.unparse(source), paths)), dim)
         case ast.BinOp(left, sign, right):
             return (_SIGNS[type(sign)], *inner(left, right))
@@ -131,7 +133,8 @@ def _input_number(source: str, paths: Sequence[str]) -> int:
 def input_paths(names: Sequence[str], in_spec: pytree.TreeSpec) -> list[str]:
     """Return the path of every input of a graph, "['batch']['ids']", from the names and the nesting of its call."""
     args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
-    paths = {number: pytree.keystr(path) for path, number in pytree.tree_leaves_with_path(dict(zip(names, args, strict=False)) | kwargs)}
+    call = dict(zip(names, args, strict=False)) | kwargs
+    paths = {number: pytree.keystr(path) for path, number in pytree.tree_leaves_with_path(call)}
     return [paths[number] for number in range(in_spec.num_leaves)]
 
 

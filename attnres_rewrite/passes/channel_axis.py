@@ -83,7 +83,7 @@ def _moved(places: dict[int, int], path: tuple[fx.Node, ...]) -> dict[int, int]:
 def _axes_made(
     states: Sequence[fx.Node], places: Sequence[dict[int, int]], branches: Sequence[fx.Node]
 ) -> Iterator[int]:
-    """Yield the axes, counted at the root, in which the layers that made the root and the updates have their outputs."""
+    """Yield the axes, counted at the root, that hold the outputs of the layers that made the root and the updates."""
     for value, state, place in zip((states[0], *branches), states, places, strict=True):
         made_by = stream_root(value)
         axis = _output_axis(made_by)
@@ -145,7 +145,7 @@ def _axes_used(user: fx.Node, value: fx.Node) -> Iterator[tuple[int, bool]]:
 def _scales_back(statistic: fx.Node) -> bool:
     """Say whether what is made of a mean, a variance or a length divides something again, as in a norm."""
     # var_mean gives two of one size
-    size = max(_numel(node) for node in (statistic, *statistic.users) if node is statistic or op_name(node) == "getitem")
+    size = _numel(statistic) or max(map(_numel, statistic.users), default=0)
     todo = [(statistic, False)]
     while todo:
         value, inverse = todo.pop()
