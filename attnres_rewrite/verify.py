@@ -12,7 +12,7 @@
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -259,19 +259,17 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     say("prove: the capture is faithful")
     program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
-    kept = {name: value.detach().clone() for name, value in model.named_buffers()}
+    kept = [(of, name, value, value.detach().clone()) for of, name, value in _buffers_of(model)]
     tensors = (*model.parameters(), *model.buffers(), *leaves)
     with torch.no_grad():
         args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
         with seeded(tensors, 0):
             reference = pytree.tree_leaves(model(*args, **kwargs))
-        for name, value in model.named_buffers():
-            value.copy_(kept[name])
+        _put_back(kept)
         runner = torch.fx.Interpreter(new, graph=program.original)
         with seeded(tensors, 0):
             found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
-        for name, value in model.named_buffers():
-            value.copy_(kept[name])
+        _put_back(kept)
     dtype = next(
         (value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
         torch.float32,
@@ -288,6 +286,18 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
             limit=CAPTURE_LIMITS[dtype],
         ),
     )
+
+
+def _buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        yield from ((module, name, value) for name, value in module._buffers.items() if value is not None)
+
+
+def _put_back(kept: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Give buffers their values again, and the very tensors: a forward may assign others."""
+    for module, name, value, copied in kept:
+        module._buffers[name] = value
+        value.copy_(copied)
 
 
 def _cloned(value: Any) -> Any:

@@ -314,3 +314,20 @@ def test_nothing_is_proven_by_outputs_that_are_no_numbers() -> None:
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(ProofError, match="the outputs of the original hold no finite number"):
         ar.rewrite(model, (ids(),), dynamic_shapes={})
+
+
+def test_a_buffer_that_the_forward_assigns_is_put_back() -> None:
+    class Counting(Gpt):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(ids) * self.calls
+
+    model = Counting().eval()
+    before = model.calls
+    new = ar.rewrite(model, (ids(),), dynamic_shapes={})
+    assert model.calls is before is new.calls
+    assert before == 0
