@@ -63,14 +63,19 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
     target = Path(folder).absolute()
     _refuse_meta(new)
     _refuse_to_overwrite(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(new, draft)
-        _share(draft)
-        _move_into_place(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            _write(new, draft)
+            _share(draft)
+            _move_into_place(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as why:
+        raise ArtifactError(
+            explain("the folder cannot be written", str(target), f"{why}", "Name another one.")
+        ) from why
     return target
 
 
@@ -269,6 +274,7 @@ def _checked_header(path: Path) -> dict[str, Any]:
 def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     facts = json.loads((path / "program.json").read_text())
     _import_output_classes(facts)
+    _refuse_missing_devices(path, facts)
     tree = _tree_from(facts, safetensors.torch.load_file(path / "weights.safetensors"))
     programs = [program_from_json(program) for program in facts["programs"]]
     for program in programs:
@@ -280,6 +286,22 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     leaves = [inputs.get(str(index), _number_from_json(value)) for index, value in enumerate(facts["inputs"])]
     example = _example_inputs(programs[0].original, leaves)
     return RewrittenModule(tree, modes, header["training"], config_from(header["config"]), report, example)
+
+
+def _refuse_missing_devices(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where this machine lacks a device that the graphs name, and their tensors are on."""
+    for device in sorted({entry["device"] for entry in facts["tensors"].values()}):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as why:
+            raise ArtifactError(
+                explain(
+                    f"the saved rewrite is on {device}, which this machine has not",
+                    str(path),
+                    "A captured graph keeps its devices.",
+                    "Load it on a machine that has it, or rewrite the model on this one.",
+                )
+            ) from why
 
 
 def _import_output_classes(facts: Mapping[str, Any]) -> None:

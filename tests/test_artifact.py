@@ -1,5 +1,6 @@
 """Mirrors attnres_rewrite/artifact.py and graph_json.py: all or nothing, there and back, and no pickle."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -218,3 +219,22 @@ def test_a_model_on_the_meta_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="norm.weight is on the meta device"):
         ar.save(new.to("meta"), tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    new = ar.rewrite(Scaled(), (torch.randn(2, 3, 8), 0.0), verify=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="the folder cannot be written, at .*saved"):
+        ar.save(new, tmp_path / "file" / "saved")
+
+
+def test_a_rewrite_on_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    new = ar.rewrite(Scaled(), (torch.randn(2, 3, 8), 0.0), verify=False)
+    folder = ar.save(new, tmp_path / "saved")
+    program, header = folder / "program.json", folder / "attnres.json"
+    program.write_text(program.read_text().replace('"device":"cpu"', '"device":"cuda:99"'))
+    facts = json.loads(header.read_text())
+    facts["files"]["program.json"] = hashlib.sha256(program.read_bytes()).hexdigest()
+    header.write_text(json.dumps(facts))
+    with pytest.raises(ArtifactError, match="is on cuda:99, which this machine has not"):
+        ar.load(folder)
