@@ -12,6 +12,7 @@ A folder is written under another name and renamed when it is whole. Nothing is 
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -60,16 +61,32 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
             "any model: save_pretrained(), or its state_dict()"
         )
     target = Path(folder).absolute()
+    _refuse_meta(new)
     _refuse_to_overwrite(target, force)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(new, draft)
-        _share(draft)
-        _move_into_place(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            _write(new, draft)
+            _share(draft)
+            _move_into_place(draft, target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as why:
+        raise ArtifactError(
+            explain("the folder cannot be written", str(target), f"{why}", "Name another one.")
+        ) from why
     return target
+
+
+def _refuse_meta(new: RewrittenModule) -> None:
+    for name, value in new.state_dict().items():
+        if value.is_meta:
+            raise ArtifactError(
+                explain(
+                    f"{name} is on the meta device, and has no values to save", None, "", "Save it with its weights."
+                )
+            )
 
 
 def _refuse_to_overwrite(target: Path, force: bool) -> None:
@@ -103,7 +120,7 @@ def _write(new: RewrittenModule, draft: Path) -> None:
         "programs": [program_to_json(program) for program in programs.values()],
         "bodies": {name: graph_to_json(body.graph) for name, body in _bodies_of(new)},
         "tensors": table,
-        "inputs": [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+        "inputs": [None if isinstance(leaf, Tensor) else _number_to_json(leaf) for leaf in leaves],
     }
     _write_json(draft / "program.json", facts)
     _write_json(draft / "report.json", new.report.to_dict())
@@ -118,6 +135,15 @@ def _write(new: RewrittenModule, draft: Path) -> None:
         "files": {path.name: _sha256(path) for path in sorted(draft.iterdir())},
     }
     _write_json(draft / HEADER, header)
+
+
+def _number_to_json(leaf: Any) -> Any:
+    """Spell what JSON has no number for, such as the infinity that fills a mask."""
+    return {"float": str(leaf)} if isinstance(leaf, float) and not math.isfinite(leaf) else leaf
+
+
+def _number_from_json(value: Any) -> Any:
+    return float(value["float"]) if isinstance(value, dict) else value
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -248,6 +274,7 @@ def _checked_header(path: Path) -> dict[str, Any]:
 def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     facts = json.loads((path / "program.json").read_text())
     _import_output_classes(facts)
+    _refuse_missing_devices(path, facts)
     tree = _tree_from(facts, safetensors.torch.load_file(path / "weights.safetensors"))
     programs = [program_from_json(program) for program in facts["programs"]]
     for program in programs:
@@ -256,9 +283,25 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     modes = {name == "train": programs[index] for name, index in facts["modes"].items()}
     report: RewriteReport = report_from_dict(json.loads((path / "report.json").read_text()))
     inputs = safetensors.torch.load_file(path / "inputs.safetensors")
-    leaves = [inputs.get(str(index), value) for index, value in enumerate(facts["inputs"])]
+    leaves = [inputs.get(str(index), _number_from_json(value)) for index, value in enumerate(facts["inputs"])]
     example = _example_inputs(programs[0].original, leaves)
     return RewrittenModule(tree, modes, header["training"], config_from(header["config"]), report, example)
+
+
+def _refuse_missing_devices(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raise ArtifactError where this machine lacks a device that the graphs name, and their tensors are on."""
+    for device in sorted({entry["device"] for entry in facts["tensors"].values()}):
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as why:
+            raise ArtifactError(
+                explain(
+                    f"the saved rewrite is on {device}, which this machine has not",
+                    str(path),
+                    "A captured graph keeps its devices.",
+                    "Load it on a machine that has it, or rewrite the model on this one.",
+                )
+            ) from why
 
 
 def _import_output_classes(facts: Mapping[str, Any]) -> None:

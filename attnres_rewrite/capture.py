@@ -31,6 +31,7 @@ from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.model_caches import register_caches
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
+from attnres_rewrite.trace_conditions import conditions_from, input_paths
 
 Progress = Callable[[str], None]
 
@@ -217,10 +218,14 @@ def _of_one_graph(gm: fx.GraphModule, training: bool, route: str, start: float) 
 
 
 def _mode_of(node: fx.Node) -> bool | None:
+    if op_name(node) in _MASKS or (op_name(node) == "scaled_dot_product_attention" and argument(node, 4, "dropout_p")):
+        return True
     position, name = _MODE_ARGUMENTS.get(op_name(node), (0, ""))
     return bool(argument(node, position, name)) if name else None
 
 
+# random masks: stochastic depth draws them in train mode only
+_MASKS = frozenset("bernoulli bernoulli_ rand rand_like".split())
 # where an op says whether it is training
 _MODE_ARGUMENTS = {
     "dropout": (2, "train"),
@@ -254,7 +259,7 @@ def _normalised(program: ExportedProgram) -> fx.GraphModule:
         gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     _drop_torch_guards(gm)
-    _add_input_check(gm)
+    _add_input_check(gm, program._guards_code)
     return gm
 
 
@@ -270,14 +275,30 @@ def _drop_torch_guards(gm: fx.GraphModule) -> None:
     gm.__dict__.pop("eval", None)
 
 
-def _add_input_check(gm: fx.GraphModule) -> None:
+def _add_input_check(gm: fx.GraphModule, guards: Sequence[str] = ()) -> None:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tensors = [node for node in placeholders if tensor_of(node) is not None]
-    if not tensors or any(node.target is check_inputs for node in gm.graph.nodes):
+    if any(node.target is check_inputs for node in gm.graph.nodes):
         return
-    dims = tuple(input_dims(node) for node in tensors)
+    tensors = [node for node in placeholders if tensor_of(node) is not None]
+    constants = [node for node in placeholders if "val" in node.meta and isinstance(node.meta["val"], _CONSTANTS)]
+    if not tensors and not constants:
+        return
+    kwargs: dict[str, Any] = {}
+    if constants:
+        kwargs["constants"] = tuple((str(node.target), node.meta["val"]) for node in constants)
+        kwargs["given"] = tuple(constants)
+    if guards:
+        info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        paths = input_paths([name for name in info.orig_args if name != "self"], info.in_spec)
+        conditions = conditions_from(guards, paths, [placeholders.index(node) for node in tensors])
+        if conditions:
+            kwargs["conditions"] = conditions
     with gm.graph.inserting_after(placeholders[-1]):
-        gm.graph.call_function(check_inputs, (tuple(dims), *tensors))
+        gm.graph.call_function(check_inputs, (tuple(input_dims(node) for node in tensors), *tensors), kwargs)
+
+
+# symbolic numbers are none of these
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def input_dims(placeholder: fx.Node) -> InputDims:

@@ -1,8 +1,8 @@
 """What a captured program takes as inputs, checked at each call.
 
-A captured graph has sizes baked in. Called with another shape it could fail deep inside, or compute
-something else, so its first node is check_inputs: plain Python on shapes, which torch.compile turns
-into guards.
+A captured graph has sizes baked in, arguments that are no tensors, and choices that the model's code made by them.
+Called with another shape or flag it could fail deep inside, or compute something else, so its first node is
+check_inputs: plain Python on shapes, which torch.compile turns into guards.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,42 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.fxgraph import tensor_of
+from attnres_rewrite.trace_conditions import Condition, holds
 
 # name, and for each dimension a size or a symbol; equal symbols are equal sizes
 InputDims = tuple[str, tuple[int | str, ...]]
 
 
 @fx.wrap
-def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> None:
-    """Raise ValueError when a tensor has another rank or size than the program was captured for."""
+def check_inputs(
+    expected: tuple[InputDims, ...],
+    *tensors: torch.Tensor,
+    constants: tuple[tuple[str, Any], ...] = (),
+    given: tuple[Any, ...] = (),
+    conditions: tuple[Condition, ...] = (),
+) -> None:
+    """Raise ValueError when a call is not one the program was captured for.
+
+    Args:
+        expected: The name and the dimensions of each tensor.
+        tensors: The tensors given.
+        constants: The name and the value of each argument that is no tensor.
+        given: The values given for these.
+        conditions: What the sizes of `tensors` must fulfil beyond their dimensions.
+    """
+    for (name, value), found in zip(constants, given, strict=True):
+        # NaN is a constant, too
+        if isinstance(found, torch.Tensor) or (found != value and (found == found or value == value)):
+            shown = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else repr(found)
+            raise ValueError(
+                f"{name} is {shown}; the program was captured for {name}={value!r}, and computes nothing else. "
+                "Rewrite again with example inputs that have it"
+            )
     seen: dict[str, int] = {}
     for (name, dims), tensor in zip(expected, tensors, strict=True):
+        # callers are not all type-checked
+        if not isinstance(tensor, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"{name} is {tensor!r}; the program was captured for a tensor")
         if tensor.dim() != len(dims):
             raise ValueError(f"{name} has {tensor.dim()} dimensions; the program was captured for {len(dims)}")
         for dim, (want, size) in enumerate(zip(dims, tensor.shape, strict=True)):
@@ -39,6 +65,13 @@ def check_inputs(expected: tuple[InputDims, ...], *tensors: torch.Tensor) -> Non
                     f"{name} has size {size} in dimension {dim}; the program was captured for {want} only. "
                     "Rewrite again with example inputs of this size, or with dynamic_shapes"
                 )
+    for text, tree in conditions:
+        if not holds(tree, tensors):
+            raise ValueError(
+                f"the program was captured where {text}, and this call has sizes "
+                f"{[list(tensor.shape) for tensor in tensors]}: the model may do something else there. "
+                "Rewrite again with example inputs of these sizes"
+            )
 
 
 has_side_effect(check_inputs)

@@ -107,6 +107,10 @@ class RewrittenModule(fx.GraphModule):
         type(self).forward = chosen.pop("forward")
         self.__dict__.update(chosen)
 
+    def __copy__(self) -> "RewrittenModule":
+        # fx would copy the graph of one mode only
+        return RewrittenModule(self, self.programs, self.training, self.config, self.report, self.example_inputs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
         tree = nn.Module()
         for name in _TABLES:

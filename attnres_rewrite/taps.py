@@ -77,6 +77,15 @@ def tap_rewrite(program: Program, config: AttnResConfig, values: Mapping[str, An
         index, state = states[name]
         # what a gated read gives its readers is the running sum with its mix added
         wanted |= {Figure("mix", index, state): gated.get(name, mix), Figure("weights", index, state): weights}
+    numbers = {
+        node: (index, state)
+        for index, plan in enumerate(plans)
+        for state, node in enumerate(plan.stream.states)
+        if state
+    }
+    for index, plan in enumerate(plans):
+        if plan.stream.root in numbers:  # it starts at a state of another, whose mix took its place
+            wanted[Figure("mix", index, 0)] = wanted[Figure("mix", *numbers[plan.stream.root])]
     return _tapped(graph, wanted, values)
 
 

@@ -12,7 +12,7 @@
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,8 @@ def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence
 
 def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]) -> Proof:
     num_gradients = sum(gradient is not None for gradient in reference[1])
+    for what, values in (("outputs", reference[0]), ("gradients", reference[1])):
+        _refuse_no_number(what, values)
     if float32_ops:
         notes[f"no float64 kernel, run in float32: {', '.join(sorted(float32_ops))}"] = None
     if not num_gradients:
@@ -186,6 +188,20 @@ def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[
         num_gradients=num_gradients,
         limit=FLOAT32_LIMIT if float32_ops else FLOAT64_LIMIT,
     )
+
+
+def _refuse_no_number(what: str, values: Sequence[Any]) -> None:
+    """Raise ProofError when all of `values` is NaN or infinite: any two networks would be equal."""
+    floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()]
+    if floats and not any(bool(torch.isfinite(value).any()) for value in floats):
+        raise ProofError(
+            explain(
+                f"nothing can be proven: the {what} of the original hold no finite number",
+                None,
+                "A parameter or an example input is NaN or infinite, or a mask hides every token.",
+                "Give other example inputs, or look where the first NaN comes from.",
+            )
+        )
 
 
 def _as_zeros(reference: list[Tensor | None], found: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
@@ -243,19 +259,17 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     say("prove: the capture is faithful")
     program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
-    kept = {name: value.detach().clone() for name, value in model.named_buffers()}
+    kept = [(of, name, value, value.detach().clone()) for of, name, value in _buffers_of(model)]
     tensors = (*model.parameters(), *model.buffers(), *leaves)
     with torch.no_grad():
         args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
         with seeded(tensors, 0):
             reference = pytree.tree_leaves(model(*args, **kwargs))
-        for name, value in model.named_buffers():
-            value.copy_(kept[name])
+        _put_back(kept)
         runner = torch.fx.Interpreter(new, graph=program.original)
         with seeded(tensors, 0):
             found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
-        for name, value in model.named_buffers():
-            value.copy_(kept[name])
+        _put_back(kept)
     dtype = next(
         (value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
         torch.float32,
@@ -272,6 +286,18 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
             limit=CAPTURE_LIMITS[dtype],
         ),
     )
+
+
+def _buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in model.modules():
+        yield from ((module, name, value) for name, value in module._buffers.items() if value is not None)
+
+
+def _put_back(kept: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    """Give buffers their values again, and the very tensors: a forward may assign others."""
+    for module, name, value, copied in kept:
+        module._buffers[name] = value
+        value.copy_(copied)
 
 
 def _cloned(value: Any) -> Any:

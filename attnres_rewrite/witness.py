@@ -21,6 +21,7 @@ from attnres_rewrite.records import BlockPlan, ReadPlan
 class _Step:
     """What happens at the add of update `state`."""
 
+    stream: int
     plan: BlockPlan
     state: int
     read: ReadPlan | None
@@ -32,18 +33,20 @@ class DepthInterpreter(LiftedInterpreter):
     def __init__(self, graph: fx.Graph, state: LiftedState, plans: Sequence[BlockPlan], config: AttnResConfig) -> None:
         super().__init__(graph, state)
         self.config = config
-        self._roots = {plan.stream.root for plan in plans}
         self._steps: dict[fx.Node, _Step] = {}
-        self._carriers: dict[fx.Node, fx.Node] = {}  # carrier -> what it carries
-        for plan in plans:
+        # by the number of the stream: several may start at one state, and go through one carrier
+        self._roots: dict[fx.Node, list[int]] = {}
+        self._carriers: dict[fx.Node, dict[int, fx.Node]] = {}  # carrier -> what it carries
+        for stream, plan in enumerate(plans):
+            self._roots.setdefault(plan.stream.root, []).append(stream)
             reads = {read.state: read for read in plan.reads}
             for number, update in enumerate(plan.stream.updates, start=1):
-                self._steps[update.add] = _Step(plan, number, reads.get(number))
+                self._steps[update.add] = _Step(stream, plan, number, reads.get(number))
                 above = plan.stream.states[number - 1]
                 for carrier in update.carriers:
-                    self._carriers[carrier] = above
+                    self._carriers.setdefault(carrier, {})[stream] = above
                     above = carrier
-        self._sources: dict[fx.Node, list[Tensor]] = {}
+        self._sources: dict[tuple[int, fx.Node], list[Tensor]] = {}
 
     def run_lifted(self, leaves: Sequence[Any], seed: int = 0) -> tuple[list[Any], Any]:
         """Run on flat inputs, as LiftedInterpreter does, with fresh sources."""
@@ -52,18 +55,15 @@ class DepthInterpreter(LiftedInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node on what its readers see, and carry the sources beside it."""
-        if n in self._steps:
-            return self._mixed(n, self._steps[n])
-        if n in self._carriers:
-            self._sources[n] = [self._apply(n, source) for source in self._sources[self._carriers[n]]]
-        value = super().run_node(n)
-        if n in self._roots:
-            self._sources[n] = [value]
+        for stream, above in self._carriers.get(n, {}).items():
+            self._sources[stream, n] = [self._apply(n, above, source) for source in self._sources[stream, above]]
+        value = self._mixed(n, self._steps[n]) if n in self._steps else super().run_node(n)
+        for stream in self._roots.get(n, ()):
+            self._sources[stream, n] = [value]
         return value
 
-    def _apply(self, carrier: fx.Node, source: Tensor) -> Tensor:
+    def _apply(self, carrier: fx.Node, above: fx.Node, source: Tensor) -> Tensor:
         """Run a carrier on one source in place of the stream value."""
-        above = self._carriers[carrier]
         args, kwargs = self.fetch_args_kwargs_from_env(carrier)
         position = carrier.args.index(above)
         args = (*args[:position], source, *args[position + 1 :])
@@ -71,17 +71,14 @@ class DepthInterpreter(LiftedInterpreter):
 
     def _mixed(self, node: fx.Node, step: _Step) -> Tensor:
         update = step.plan.stream.updates[step.state - 1]
-        sources = list(self._sources[update.stream])
+        sources = list(self._sources[step.stream, update.stream])
         added = self.env[update.branch].expand_as(sources[0])
         if any(step.state == block.start for block in step.plan.blocks):
             sources.append(added)
         else:
             sources[-1] = sources[-1] + added
-        self._sources[node] = sources
-        mixed = torch.stack(sources).sum(0) if step.read is None else self._evaluate(sources, step)
-        if node in self._roots:
-            self._sources[node] = [mixed]
-        return mixed
+        self._sources[step.stream, node] = sources
+        return torch.stack(sources).sum(0) if step.read is None else self._evaluate(sources, step)
 
     def _evaluate(self, sources: Sequence[Tensor], step: _Step) -> Tensor:
         """softmax over s of query . (RMSNorm(source_s) * gain), times the sources; for each head, with the bias."""
@@ -107,7 +104,9 @@ class DepthInterpreter(LiftedInterpreter):
             mix = values.sum(0) + parameters[f"{step.read.name}.gate"] * mix
         elif config.output == "sum":
             mix = mix * values.shape[0]
-        return mix.movedim(-1, axis)
+        mix = mix.movedim(-1, axis)
+        # a reader may view it as the model laid it out
+        return mix.contiguous() if sources[0].is_contiguous() else mix
 
 
 def _heads(width: int, num_heads: int, like: Tensor) -> Tensor:

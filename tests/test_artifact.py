@@ -1,12 +1,15 @@
 """Mirrors attnres_rewrite/artifact.py and graph_json.py: all or nothing, there and back, and no pickle."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import attnres_rewrite as ar
+from attnres_rewrite.errors import ArtifactError
 from tests.networks import exported_gpt, gpt, ids
 from tests.test_capture import Structured
 
@@ -188,3 +191,50 @@ def test_without_variants_what_is_written_names_none_of_them(saved):
     }  # fmt: skip
     program = (saved / "program.json").read_text()
     assert not any(word in program for word in ("gate", "variant_attn_res", "recency_bias"))
+
+
+class Scaled(nn.Module):
+    """Two updates, and a number as an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, fill: float) -> Tensor:
+        x = x + self.layer(self.norm(x))
+        x = x + self.layer(self.norm(x))
+        return x.masked_fill(x == fill, 0.0)
+
+
+def test_an_infinite_input_is_saved(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8)
+    new = ar.rewrite(Scaled(), (x, -float("inf")), verify=False)
+    loaded = ar.load(ar.save(new, tmp_path / "saved"))
+    assert loaded.example_inputs.args[1] == -float("inf")
+    assert torch.equal(loaded(x), new(x))
+
+
+def test_a_model_on_the_meta_device_is_refused(tmp_path: Path) -> None:
+    new = ar.rewrite(Scaled(), (torch.randn(2, 3, 8), 0.0), verify=False)
+    with pytest.raises(ArtifactError, match="norm.weight is on the meta device"):
+        ar.save(new.to("meta"), tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    new = ar.rewrite(Scaled(), (torch.randn(2, 3, 8), 0.0), verify=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="the folder cannot be written, at .*saved"):
+        ar.save(new, tmp_path / "file" / "saved")
+
+
+def test_a_rewrite_on_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    new = ar.rewrite(Scaled(), (torch.randn(2, 3, 8), 0.0), verify=False)
+    folder = ar.save(new, tmp_path / "saved")
+    program, header = folder / "program.json", folder / "attnres.json"
+    program.write_text(program.read_text().replace('"device":"cpu"', '"device":"cuda:99"'))
+    facts = json.loads(header.read_text())
+    facts["files"]["program.json"] = hashlib.sha256(program.read_bytes()).hexdigest()
+    header.write_text(json.dumps(facts))
+    with pytest.raises(ArtifactError, match="is on cuda:99, which this machine has not"):
+        ar.load(folder)

@@ -289,3 +289,21 @@ def test_tensors_that_are_plain_attributes_stay_as_they_are() -> None:
     assert model.seen is seen
     assert torch.equal(count, torch.zeros(3))
     assert not hasattr(model, "last")
+
+
+def attention_dropout(x: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
+def stochastic_depth(x: Tensor) -> Tensor:
+    return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5)
+
+
+@pytest.mark.parametrize("draw", [attention_dropout, stochastic_depth])
+def test_a_program_that_drops_at_random_is_of_train_mode(draw):
+    class Dropping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return draw(x)
+
+    program = torch.export.export(Dropping(), (torch.randn(2, 4, WIDTH),))
+    assert list(capture(program).programs) == [True]

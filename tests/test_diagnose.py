@@ -522,3 +522,15 @@ def test_depth_weights_are_those_of_every_token():
         assert not weights[read.name].requires_grad
         torch.testing.assert_close(weights[read.name].sum(-1), torch.ones(3, 4, dtype=torch.float64))
         torch.testing.assert_close(weights[read.name].flatten(0, 1).mean(0).tolist(), list(read.weights))
+
+
+def test_a_stream_that_starts_at_a_state_of_another():
+    class Forked(Gpt):
+        def forward(self, ids: Tensor) -> Tensor:
+            trunk = self.layers[0](self.embed(ids))
+            return self.head(self.norm(self.layers[1](trunk))) + self.head(self.norm(self.layers[2](trunk)))
+
+    config = ar.AttnResConfig(num_blocks="full")
+    new = ar.rewrite(Forked().eval(), (ids(),), config=config, dynamic_shapes={}, verify=False)
+    trunk, stack = ar.diagnose(new, [(ids(),)]).streams
+    assert stack.root_rms == pytest.approx(trunk.reads[1].mix_rms)

@@ -10,7 +10,18 @@ PACKAGE = Path(__file__).parents[1] / "attnres_rewrite"
 # From the bottom up. A module may import its own level and what is below it, but for the EXCEPTIONS.
 LEVELS = (
     {"errors", "version", "source_lines"},
-    {"config", "records", "fxgraph", "inputs", "copying", "mark", "kernels", "functional", "keyed_random"},
+    {
+        "config",
+        "records",
+        "fxgraph",
+        "inputs",
+        "trace_conditions",
+        "copying",
+        "mark",
+        "kernels",
+        "functional",
+        "keyed_random",
+    },
     {
         "capture",
         "export_routes",

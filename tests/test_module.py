@@ -97,3 +97,11 @@ def test_inductor_compiles_forward_and_backward_of_both_modes():
     new.eval()
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids()), model(ids()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_shallow_copy_switches_modes_and_shares_parameters() -> None:
+    model = ar.rewrite(gpt(dropout=0.5), (ids(),), verify=False)
+    twin = copy.copy(model)
+    assert twin.head.weight is model.head.weight
+    assert torch.equal(twin.eval()(ids()), model.eval()(ids()))
+    assert not torch.equal(twin.train()(ids()), model(ids()))

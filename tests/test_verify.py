@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.api import require_proofs
+from attnres_rewrite.errors import ProofError
 from attnres_rewrite.kernels.read.op import block_attn_res
 from attnres_rewrite.kernels.variant_read.op import variant_attn_res
 from attnres_rewrite.module import RewrittenModule
@@ -305,3 +306,28 @@ def test_every_wrong_variant_fails_a_proof(variant, spoil):
     new = of_exported(**variant)
     spoil(new.programs[False].graph)
     assert not ar.verify(new).passed
+
+
+def test_nothing_is_proven_by_outputs_that_are_no_numbers() -> None:
+    model = gpt()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ProofError, match="the outputs of the original hold no finite number"):
+        ar.rewrite(model, (ids(),), dynamic_shapes={})
+
+
+def test_a_buffer_that_the_forward_assigns_is_put_back() -> None:
+    class Counting(Gpt):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return super().forward(ids) * self.calls
+
+    model = Counting().eval()
+    before = model.calls
+    new = ar.rewrite(model, (ids(),), dynamic_shapes={})
+    assert model.calls is before is new.calls
+    assert before == 0

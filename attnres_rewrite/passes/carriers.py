@@ -11,6 +11,7 @@ Active dropout is not one: a copy would draw another mask. Neither is anything t
 import math
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnres_rewrite.fxgraph import argument, has_one_element, is_floating, op_name, shape_of, tensor_of
@@ -30,7 +31,8 @@ def carried_input(node: fx.Node) -> fx.Node | None:
         return None
     name = op_name(node)
     if name in VIEWS or name in CASTS:
-        return first if is_floating(first) else None
+        # bits read as another dtype are no longer a sum
+        return first if is_floating(first) and node.target is not torch.ops.aten.view.dtype else None
     if name in DROPOUTS:
         return first if _is_inactive(node) else None
     if name == "add":
@@ -51,6 +53,8 @@ def _is_number(value: object, wanted: float) -> bool:
 def _scaled_input(node: fx.Node, name: str) -> fx.Node | None:
     """Return x of x * c, c * x and x / c, where c is a number, one element, or a channel vector."""
     first, second = argument(node, 0, "self"), argument(node, 1, "other")
+    if node.kwargs.get("rounding_mode") is not None:
+        return None
     if _scales(second, first) and shape_of(first) == shape_of(node):
         return first
     if name == "mul" and _scales(first, second) and shape_of(second) == shape_of(node):

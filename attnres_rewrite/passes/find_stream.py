@@ -136,7 +136,7 @@ def _described(chains: Sequence[Chain], reach: Reachability, dropped: dict[fx.No
     """Describe every chain whose channel axis is known; the others are dropped with the reason."""
     updates = [_updates(chain) for chain in chains]
     axes = [
-        channel_axes(chain.states, [update.carriers for update in own])
+        channel_axes(chain.states, [update.carriers for update in own], [update.branch for update in own])
         for chain, own in zip(chains, updates, strict=True)
     ]
     kept: list[tuple[Chain, tuple[Update, ...], tuple[int, ...]]] = []

@@ -34,8 +34,9 @@ def insert_reads(graph: fx.Graph, plans: Sequence[BlockPlan], config: AttnResCon
 
     `add_parameters` must have made the queries and gains on the module that owns it, if one does.
     """
+    mixes: dict[fx.Node, fx.Node] = {}
     for plan in plans:
-        _rewrite_stream(graph, plan, config)
+        _rewrite_stream(graph, plan, config, mixes)
     graph.lint()
 
 
@@ -89,11 +90,13 @@ def _submodule(root: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> None:
+def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig, mixes: dict[fx.Node, fx.Node]) -> None:
+    """Rewrite one stream; `mixes` maps the states of those before it, one of which may be its root, to their reads."""
     stream = plan.stream
     reads = {read.state: read for read in plan.reads}
     starts = {block.start for block in plan.blocks}
-    sources, total = [stream.root], stream.root
+    root = mixes.get(stream.root, stream.root)
+    sources, total = [root], root
     moved: dict[tuple[fx.Node, int], fx.Node] = {}
     replaced: list[fx.Node] = []
     for state, update in enumerate(stream.updates, start=1):
@@ -115,6 +118,7 @@ def _rewrite_stream(graph: fx.Graph, plan: BlockPlan, config: AttnResConfig) -> 
                 if config.gate:
                     mix = _added_to(graph, total, mix)
             update.add.replace_all_uses_with(mix)
+            mixes[update.add] = mix
         replaced += [*update.carriers, update.add]
     _erase_dead(graph, replaced)
 
@@ -126,6 +130,9 @@ def _carried(graph: fx.Graph, source: fx.Node, update: Update) -> fx.Node:
         if op_name(carrier) in CASTS and _same_layout(source, carrier):
             continue
         copy = graph.node_copy(carrier, lambda arg, via=through, to=source: to if arg is via else arg)
+        if copy.target is aten.view.default:
+            # the stream may have been laid out for it by a copy that no source needs
+            copy.target = aten.reshape.default
         copy.meta = dict(carrier.meta)
         source = copy
     return _cast(graph, source, like=update.add)
@@ -190,7 +197,13 @@ def _read(
         mix.meta["only_direct"] = config.only_direct
     if config.gate:
         mix = _gated(graph, mix, read, _parameter_dtype(stream, config))
-    return _moved(graph, mix, rank - 1, axis, like)
+    back = _moved(graph, mix, rank - 1, axis, like)
+    if back is mix or not value.is_contiguous():
+        return back
+    # a reader may view it as the model laid it out
+    laid_out = _call(graph, aten.contiguous.default, (back,), like=like)
+    laid_out.meta["val"] = value
+    return laid_out
 
 
 def _call_read(

@@ -8,7 +8,7 @@ from torch import fx
 
 from attnres_rewrite.fxgraph import is_floating, op_name, place_of, reads_shape_only, written_inputs
 from attnres_rewrite.passes import post_norm
-from attnres_rewrite.passes.carriers import carried_input, stream_root
+from attnres_rewrite.passes.carriers import carried_input, carriers_between, stream_root
 from attnres_rewrite.passes.chains import Chain
 from attnres_rewrite.passes.normalize_adds import SharedMemory
 from attnres_rewrite.passes.reachability import Reachability
@@ -100,7 +100,7 @@ _Rule = Callable[[Sequence[Chain], Reachability], Reasons]
 
 
 def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
-    """A state or an update whose memory a later op writes into is not what its node says when a read mixes it."""
+    """What is written into later, a state, a copy or view of it, or an update, is not what its node says in a read."""
     writers = [node for node in reach.nodes if any(is_floating(target) for target in written_inputs(node))]
     if not writers:
         return {}
@@ -112,6 +112,8 @@ def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     reasons: Reasons = {}
     for index, chain in enumerate(chains):
         held = [(state, state) for state in chain.states] + [(add.branch, add.node) for add in chain.adds]
+        for state, add in zip(chain.states, chain.adds, strict=False):
+            held += [(carrier, carrier) for carrier in carriers_between(state, add.stream)]
         for value, since in held:
             writer = last_write.get(id(memory.group_of[value]))
             if writer is not None and reach.position[writer] > reach.position[since]:

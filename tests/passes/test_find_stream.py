@@ -254,3 +254,23 @@ class Undecided(nn.Module):
 def test_an_axis_that_nothing_names_is_refused():
     with pytest.raises(NoStreamError, match="channel axis cannot be told: its readers name no axis"):
         search(Undecided(), torch.randn(2, 5, 8))
+
+
+def test_a_copy_of_a_state_that_is_written_into_ends_the_stream():
+    def overwritten(s: Layer, x: Tensor) -> Tensor:
+        x = x + s.f(s.n1(x))
+        x = x.clone()
+        x[:, 0] = 0
+        return x + s.g(s.n2(x))
+
+    with pytest.raises(NoStreamError, match="is written in place later, by fill_"):
+        search(gpt_of(overwritten))
+
+
+def test_a_division_that_rounds_is_no_carrier():
+    def rounded(s: Layer, x: Tensor) -> Tensor:
+        x = x + s.f(s.n1(x))
+        x = x + s.g(s.n2(x))
+        return torch.div(x, 0.5, rounding_mode="floor")
+
+    assert [len(stream.updates) for stream in search(gpt_of(rounded)).streams] == [2, 2]

@@ -262,3 +262,56 @@ def test_through_norms_a_gate_learns_from_zero_queries_and_only_because_it_is_a_
         if name.endswith(".gate"):
             assert abs(parameter.grad.sum()) < 1e-3 * parameter.grad.abs().sum()
             assert parameter.grad.abs().max() > 1e-6
+
+
+class Forked(Gpt):
+    """One trunk, and two stacks of layers that go on from it; `layers` has three."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        trunk = self.layers[0](self.embed(ids))
+        left, right = self.layers[1](trunk), self.layers[2](trunk)
+        return self.head(self.norm(left)), self.head(self.norm(right))
+
+
+@pytest.mark.parametrize("schedule", ["direct", "two_phase"])
+def test_a_stream_may_start_at_a_state_of_another(schedule):
+    torch.manual_seed(0)
+    config = ar.AttnResConfig(num_blocks="full", schedule=schedule)
+    new = ar.rewrite(Forked().eval(), (ids(),), config=config, dynamic_shapes={})
+    assert [[read.num_sources for read in stream.reads] for stream in new.report.streams] == [[2, 3, 4, 5], [2, 3]]
+    assert new.report.verify.passed
+
+
+def laid_out_between(s: Layer, x: Tensor) -> Tensor:
+    batch, length, width = x.shape
+    x = x + s.f(s.n1(x))
+    x = x.transpose(0, 1).contiguous().view(length * batch, width)
+    x = x + s.g(s.n2(x))
+    return x.view(length, batch, width).transpose(0, 1).contiguous()
+
+
+def test_a_view_of_a_laid_out_stream_is_made_of_sources_that_are_not():
+    new = ar.rewrite(gpt_of(laid_out_between), (ids(),), dynamic_shapes={})
+    assert new.report.streams[0].num_updates == 4
+
+
+class Images(nn.Module):
+    """A pre-activation network of images [B, C, H, W] whose head views the last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 4) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(4 * 5 * 5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = x + conv(norm(x).relu())
+        return self.head(x.relu().view(x.shape[0], -1))
+
+
+def test_a_state_of_images_is_laid_out_as_it_was():
+    new = ar.rewrite(Images().eval(), (torch.randn(2, 3, 5, 5),), dynamic_shapes={})
+    assert new.report.streams[0].width == 4
