@@ -58,11 +58,13 @@ _SIGNS: dict[type[ast.AST], str] = {
     ast.And: "and",
     ast.Or: "or",
 }
-_LAYOUT = re.compile(r"\.(stride|storage_offset)\(\)")
+# an input that is a view has guards on the tensor it views, too
+_LAYOUT = re.compile(r"\.(stride|storage_offset)\(\)|\._base\b")
 
 
 def conditions_from(guards: Sequence[str], paths: Sequence[str], tensors: Sequence[int]) -> tuple[Condition, ...]:
-    """Parse the guards of an exported program; those on strides are left out, as values do not depend on them.
+    """Parse the guards of an exported program; those on strides, and on what an input is a view of, are left out, as
+    values do not depend on them.
 
     Args:
         guards: As torch writes them, "L['ids'].size()[1] <= 64".

@@ -24,12 +24,9 @@ def loss_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def train() -> None:
-    # a GPU for each process of this machine, or none
-    device = torch.device("cpu")
-    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # one for each process here
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     # Every rank builds the same model and plan, and keeps its own stages of it.
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SMALL))
@@ -40,19 +37,18 @@ def train() -> None:
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=3e-3)
 
     ids = torch.randint(0, VOCAB, (MICROBATCHES * BATCH, LENGTH)).to(device)
-    first_loss = loss = 0.0
-    for step in range(STEPS):
+    history: list[float] = []
+    for _ in range(STEPS):
         losses: list[Tensor] = []
         optimizer.zero_grad()
         pipeline.step(*((ids,) if dist.get_rank() == 0 else ()), target=ids, losses=losses)
         pipeline.reduce_tied_gradients()
         optimizer.step()
-        loss = sum(entry.item() for entry in losses) / MICROBATCHES
-        first_loss = loss if step == 0 else first_loss
+        history.append(sum(loss.item() for loss in losses) / MICROBATCHES)
     if pipeline.stages[-1].is_last:
         sent = {mode: traffic.total_units for mode, traffic in plan.traffic.items()}
-        print(f"loss {first_loss:.2f} -> {loss:.2f} in {STEPS} steps; tensors sent a microbatch: {sent}")
-        assert loss < first_loss
+        print(f"loss {history[0]:.2f} -> {history[-1]:.2f} in {STEPS} steps; tensors sent a microbatch: {sent}")
+        assert history[-1] < history[0]
     dist.destroy_process_group()
 
 

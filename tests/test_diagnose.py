@@ -78,7 +78,7 @@ class Rewritten(Original, DepthInterpreter):
 
     def note(self, stream, number, value) -> None:
         plan = self.plans[stream]
-        sources = self._sources[plan.stream.updates[number - 1].add]
+        sources = self._sources[stream, plan.stream.updates[number - 1].add]
         self.seen.sums[stream, number] = sources[-1]
         for read in plan.reads:
             if read.state == number:

@@ -29,6 +29,7 @@ def test_a_guard_holds_as_torch_means_it(guard: str) -> None:
 
 def test_a_guard_on_strides_is_left_out() -> None:
     assert conditions_from(["L['x'].stride()[0] != L['x'].size()[1]"], PATHS, TENSORS) == ()
+    assert conditions_from(["L['x']._base.size()[1] >= L['x'].size()[1]"], PATHS, TENSORS) == ()
 
 
 @pytest.mark.parametrize("guard", ["L['flag'] < 3", "L['unknown'].size()[0] < 3", "math.floor(3) == 3"])

@@ -184,13 +184,15 @@ def _named_cut(places: Sequence[Candidate], graph: fx.Graph, name: str, order: d
 def _adjacent(read: fx.Node, first: fx.Node) -> bool:
     """Say whether nothing is computed between a read and the first node of a module."""
     node, name = read.next, read.meta["attn_res"]
-    # a gate is part of the read, and so are the views that move its channels back
-    while node.op != "call_function" or node.meta.get("gate_of") == name or _is_view_of(read, node):
+    # a gate is part of the read, and so is what moves its channels back and lays them out
+    while node.op != "call_function" or node.meta.get("gate_of") == name or _is_laid_out(read, node):
         if node is first:
             return True
         node = node.next
     return node is first
 
 
-def _is_view_of(read: fx.Node, node: fx.Node) -> bool:
-    return op_name(node) in VIEWS and node.args[0] is read
+def _is_laid_out(read: fx.Node, node: fx.Node) -> bool:
+    while op_name(node) in VIEWS | {"contiguous"} and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is read
