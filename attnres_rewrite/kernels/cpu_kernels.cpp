@@ -1,10 +1,11 @@
 // The kernels of all operations for a CPU; cpu_library.py compiles them, once for each Scalar, the dtype of the rows,
 // and each cpu.py calls its own.
 //
-// T tokens, N sources, Q queries, D channels. A token is done whole: its rows are widened once to float32, in rows of P
-// floats, P being D rounded up to whole vectors of 16 bits and the rest zero, so no loop has a tail; they stay in the cache. All
-// arithmetic is two loops over them, `dots` and `combine`. Gradients that sum over tokens are summed for each of
-// num_chunks runs of tokens, whose number does not depend on that of the threads: the same bits in every run.
+// T tokens, N sources, Q queries, D channels. A token is done whole. Its rows are widened to float32, in rows of P
+// floats, P being D rounded up to whole pairs of vectors and the rest zero, so no loop over them has a tail; they stay
+// in the cache. Every loop takes a pair of vectors a turn, which is one vector of 16 bits. Gradients that sum over tokens are
+// summed for each of num_chunks runs of tokens, whose number does not depend on that of the threads, and those in their
+// order: the same bits in every run.
 //
 // The formulas are those of the Triton kernels beside each cpu.py.
 
@@ -14,10 +15,15 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
+
+// without a name, so that calls need not go through the table of a shared library, and are inlined
+namespace {
 
 using Scalar = ATTNRES_SCALAR;
 using Vec = at::vec::Vectorized<float>;
@@ -46,126 +52,206 @@ struct Rows {
   }
 };
 
+// two vectors: of channels d ... and d + LANES ...
+struct Pair {
+  Vec low, high;
+};
+
+Pair operator+(const Pair& a, const Pair& b) { return {a.low + b.low, a.high + b.high}; }
+Pair operator-(const Pair& a, const Pair& b) { return {a.low - b.low, a.high - b.high}; }
+Pair operator*(const Pair& a, const Pair& b) { return {a.low * b.low, a.high * b.high}; }
+Pair operator*(const Vec& a, const Pair& b) { return {a * b.low, a * b.high}; }
+
+// a * b + c
+Pair fmadd(const Pair& a, const Pair& b, const Pair& c) {
+  return {at::vec::fmadd(a.low, b.low, c.low), at::vec::fmadd(a.high, b.high, c.high)};
+}
+Pair fmadd(const Vec& a, const Pair& b, const Pair& c) {
+  return {at::vec::fmadd(a, b.low, c.low), at::vec::fmadd(a, b.high, c.high)};
+}
+
+constexpr int64_t PAIR = 2 * LANES;
+
+template <typename Kind>
+using Narrow = std::conditional_t<std::is_same_v<Kind, float>, Pair, at::vec::Vectorized<Kind>>;
+
+// what `value` becomes in a row of this kind
+template <typename Kind>
+Narrow<Kind> narrow(const Pair& value) {
+  if constexpr (std::is_same_v<Kind, float>) {
+    return value;
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<Kind, c10::BFloat16>) {
+    // one instruction for ten; it takes what is below 1.2e-38 for zero
+    return __m512i(_mm512_cvtne2ps_pbh(value.high, value.low));
+#endif
+  } else {
+    return at::vec::convert_from_float<Kind>(value.low, value.high);
+  }
+}
+
+template <typename Kind>
+Pair widen(const Narrow<Kind>& value) {
+  if constexpr (std::is_same_v<Kind, float>) {
+    return value;
+  } else {
+    const auto [low, high] = at::vec::convert_to_float<Kind>(value);
+    return {low, high};
+  }
+}
+
+Pair pair_at(const float* from) { return {Vec::loadu(from), Vec::loadu(from + LANES)}; }
+
+void put(const Pair& value, float* to) {
+  value.low.store(to);
+  value.high.store(to + LANES);
+}
+
+// the first `left` of them from a row of any kind, and zeros
+template <typename Kind>
+Pair pair_of(const Kind* from, int64_t left) {
+  if constexpr (std::is_same_v<Kind, float>) {
+    if (left >= PAIR) return pair_at(from);
+    const int64_t high = left - LANES;
+    return {Vec::loadu(from, std::min(left, LANES)), high > 0 ? Vec::loadu(from + LANES, high) : Vec(0.0f)};
+  } else {
+    return widen<Kind>(Narrow<Kind>::loadu(from, std::min(left, PAIR)));
+  }
+}
+
+template <typename Kind>
+void put_narrow(const Narrow<Kind>& value, Kind* to, int64_t left) {
+  if constexpr (std::is_same_v<Kind, float>) {
+    value.low.store(to, std::min(left, LANES));
+    if (left > LANES) value.high.store(to + LANES, std::min(left - LANES, LANES));
+  } else {
+    value.store(to, std::min(left, PAIR));
+  }
+}
+
+// asks for the rows of the next token, which a core does not do by itself for so many tensors
+void prefetch(const Rows& rows, int64_t count, int64_t token, int64_t num_tokens, int64_t width) {
+  if (token + 1 >= num_tokens) return;
+  for (int64_t tensor = 0; tensor < count; tensor++) {
+    const char* row = reinterpret_cast<const char*>(rows.row(tensor, token + 1));
+    for (int64_t byte = 0; byte < width * int64_t(sizeof(Scalar)); byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
 // rows of P floats in the cache of one thread
 struct Tile {
   int64_t width, padded;
   std::vector<float> values;
 
   Tile(int64_t rows, int64_t width)
-      : width(width), padded((width + 2 * LANES - 1) / (2 * LANES) * (2 * LANES)), values(rows * padded, 0.0f) {}
+      : width(width), padded((width + PAIR - 1) / PAIR * PAIR), values(rows * padded, 0.0f) {}
 
   float* operator[](int64_t row) { return values.data() + row * padded; }
 
   template <typename Kind>
   void load(int64_t row, const Kind* from) {
     float* to = (*this)[row];
-    for (int64_t d = 0; d < width; d += step<Kind>) {
-      const int64_t left = std::min(width - d, step<Kind>);
-      const auto here = at::vec::Vectorized<Kind>::loadu(from + d, left);
-      if constexpr (std::is_same_v<Kind, float>) {
-        here.store(to + d);
-      } else {
-        const auto [low, high] = at::vec::convert_to_float<Kind>(here);
-        low.store(to + d);
-        high.store(to + d + LANES);
-      }
-    }
+    for (int64_t d = 0; d < width; d += PAIR) put(pair_of(from + d, width - d), to + d);
   }
 
-  template <typename Kind>
-  void store(int64_t row, Kind* to) {
-    const float* from = (*this)[row];
-    for (int64_t d = 0; d < width; d += step<Kind>) {
-      const int64_t left = std::min(width - d, step<Kind>);
-      if constexpr (std::is_same_v<Kind, float>) {
-        Vec::loadu(from + d).store(to + d, left);
-      } else {
-        const Vec low = Vec::loadu(from + d), high = Vec::loadu(from + d + LANES);
-        at::vec::convert_from_float<Kind>(low, high).store(to + d, left);
-      }
-    }
-  }
-
- private:
-  // of 16 bits there are twice as many in a vector
-  template <typename Kind>
-  static constexpr int64_t step = at::vec::Vectorized<Kind>::size();
+  void store(int64_t row, float* to) { std::copy_n((*this)[row], width, to); }
 };
 
 float total_of(Vec sum) {
   return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
 }
 
-// out[k] = value . rows[k]
-template <int K>
-void dots(const float* value, const float* const* rows, int64_t padded, float* out) {
+// step(k) for k < K, each a constant: an array that only constants index stays in registers
+template <int K, typename Step>
+void each(Step step) {
+  [&]<int... k>(std::integer_sequence<int, k...>){
+    (step(std::integral_constant<int, k>()), ...);
+  }(std::make_integer_sequence<int, K>());
+}
+
+// out[k] = the sum over d of what add(d, sums) adds to sums[k]
+template <int K, typename Add>
+void sum_up(int64_t padded, float* out, Add add) {
   Vec sums[K], lost[K];
-  for (int k = 0; k < K; k++) sums[k] = lost[k] = Vec(0.0f);
+  each<K>([&](auto k) { sums[k] = lost[k] = Vec(0.0f); });
   for (int64_t first = 0; first < padded; first += RUN * LANES) {
-    // two sums each, so that one need not wait for the other
-    Vec even[K], odd[K];
-    for (int k = 0; k < K; k++) even[k] = odd[k] = Vec(0.0f);
-    for (int64_t d = first; d < std::min(first + RUN * LANES, padded); d += 2 * LANES) {
-      const Vec here = Vec::loadu(value + d), next = Vec::loadu(value + d + LANES);
-      for (int k = 0; k < K; k++) {
-        even[k] = at::vec::fmadd(here, Vec::loadu(rows[k] + d), even[k]);
-        odd[k] = at::vec::fmadd(next, Vec::loadu(rows[k] + d + LANES), odd[k]);
-      }
-    }
-    for (int k = 0; k < K; k++) {
-      const Vec run = even[k] + odd[k] - lost[k], next = sums[k] + run;
+    Pair here[K];
+    each<K>([&](auto k) { here[k] = {Vec(0.0f), Vec(0.0f)}; });
+    for (int64_t d = first; d < std::min(first + RUN * LANES, padded); d += PAIR) add(d, here);
+    each<K>([&](auto k) {
+      const Vec run = here[k].low + here[k].high - lost[k], next = sums[k] + run;
       lost[k] = next - sums[k] - run;
       sums[k] = next;
-    }
+    });
   }
-  for (int k = 0; k < K; k++) out[k] = total_of(sums[k]);
+  each<K>([&](auto k) { out[k] = total_of(sums[k]); });
 }
 
-void dots(const float* value, const float* const* rows, int64_t count, int64_t padded, float* out) {
-  for (; count >= GROUP; count -= GROUP, rows += GROUP, out += GROUP) dots<GROUP>(value, rows, padded, out);
-  if (count == 3) dots<3>(value, rows, padded, out);
-  if (count == 2) dots<2>(value, rows, padded, out);
-  if (count == 1) dots<1>(value, rows, padded, out);
+// call<K>(first) for groups of K = GROUP, and of the rest
+template <typename Call>
+void in_groups(int64_t count, Call call) {
+  int64_t first = 0;
+  for (; count - first >= GROUP; first += GROUP) call(std::integral_constant<int, GROUP>(), first);
+  if (count - first == 3) call(std::integral_constant<int, 3>(), first);
+  if (count - first == 2) call(std::integral_constant<int, 2>(), first);
+  if (count - first == 1) call(std::integral_constant<int, 1>(), first);
 }
 
-// outs[k] (+)= sum over i of factors[k * count + i] * rows[i]
-template <int K, bool ADD>
-void combine(const float* const* rows, int64_t count, const float* factors, int64_t padded, float* const* outs) {
-  for (int64_t d = 0; d < padded; d += LANES) {
-    Vec sums[K];
-    for (int k = 0; k < K; k++) sums[k] = ADD ? Vec::loadu(outs[k] + d) : Vec(0.0f);
-    for (int64_t i = 0; i < count; i++) {
-      Vec here = Vec::loadu(rows[i] + d);
-      for (int k = 0; k < K; k++) sums[k] = at::vec::fmadd(Vec(factors[k * count + i]), here, sums[k]);
-    }
-    for (int k = 0; k < K; k++) sums[k].store(outs[k] + d);
-  }
-}
-
-template <bool ADD = false>
+// outs(k, d, start(k, d) + sum over i of factors[k * count + i] * rows[i][d]), for every k < num
+template <typename Start, typename Out>
 void combine(
-    const float* const* rows, int64_t count, const float* factors, int64_t padded, float* const* outs, int64_t num) {
-  for (; num >= GROUP; num -= GROUP, outs += GROUP, factors += GROUP * count)
-    combine<GROUP, ADD>(rows, count, factors, padded, outs);
-  if (num == 3) combine<3, ADD>(rows, count, factors, padded, outs);
-  if (num == 2) combine<2, ADD>(rows, count, factors, padded, outs);
-  if (num == 1) combine<1, ADD>(rows, count, factors, padded, outs);
+    const float* const* rows, int64_t count, const float* factors, int64_t padded, int64_t num, Start start, Out out) {
+  in_groups(num, [&](auto size, int64_t first) {
+    constexpr int K = size;
+    const float* own = factors + first * count;
+    for (int64_t d = 0; d < padded; d += PAIR) {
+      Pair sums[K];
+      each<K>([&](auto k) { sums[k] = start(first + k, d); });
+      for (int64_t i = 0; i < count; i++) {
+        const Pair here = pair_at(rows[i] + d);
+        each<K>([&](auto k) { sums[k] = fmadd(Vec(own[k * count + i]), here, sums[k]); });
+      }
+      each<K>([&](auto k) { out(first + k, d, sums[k]); });
+    }
+  });
 }
 
-float dot(const float* one, const float* other, int64_t padded) {
-  float found;
-  dots<1>(one, &other, padded, &found);
-  return found;
+// a row of a source into the tile; found[q] = row . against[q] for q < count, and found[count] = row . row
+void load_with_dots(
+    Tile& tile, int64_t row, const Scalar* from, const float* const* against, int64_t count, float* found) {
+  in_groups(count, [&](auto size, int64_t first) {
+    constexpr int K = size;
+    float sums_of_group[K + 1];
+    // captured by value: what the loop stores might else have changed them
+    std::array<const float*, K> own;
+    std::copy_n(against + first, K, own.begin());
+    sum_up<K + 1>(tile.padded, sums_of_group, [=, to = tile[row], width = tile.width](int64_t d, Pair* sums) {
+      const Pair here = pair_of(from + d, width - d);
+      put(here, to + d);
+      each<K>([&](auto k) { sums[k] = fmadd(here, pair_at(own[k] + d), sums[k]); });
+      sums[K] = fmadd(here, here, sums[K]);
+    });
+    std::copy_n(sums_of_group, K + 1, found + first);
+  });
+}
+
+// out[i] = the sum of parts[chunk, i] over the chunks in their order, by Kahan's method; within a parallel region
+void sum_chunks(const float* parts, int64_t num_chunks, int64_t length, float* out) {
+#pragma omp for schedule(static)
+  for (int64_t first = 0; first < length; first += LANES) {
+    const int64_t left = std::min(length - first, LANES);
+    Vec sum(0.0f), lost(0.0f);
+    for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
+      const Vec part = Vec::loadu(parts + chunk * length + first, left) - lost, next = sum + part;
+      lost = next - sum - part;
+      sum = next;
+    }
+    sum.store(out + first, left);
+  }
 }
 
 std::vector<const float*> pointers(Tile& tile, int64_t count) {
   std::vector<const float*> found(count);
-  for (int64_t row = 0; row < count; row++) found[row] = tile[row];
-  return found;
-}
-
-std::vector<float*> targets(Tile& tile, int64_t count) {
-  std::vector<float*> found(count);
   for (int64_t row = 0; row < count; row++) found[row] = tile[row];
   return found;
 }
@@ -206,31 +292,37 @@ void mix(const Mix& args, int num_threads) {
   const int64_t N = args.num_sources, Q = args.num_queries, D = args.width;
 #pragma omp parallel num_threads(num_threads)
   {
-    Tile values(N, D), probes(args.probes == nullptr ? 0 : Q, D), outs(args.outs == nullptr ? 0 : Q, D);
+    const bool has_probes = args.probes != nullptr, has_outs = args.outs != nullptr;
+    Tile values(has_outs ? N : 1, D), probes(has_probes ? Q : 0, D);
     std::vector<float> weights(Q * N), found(Q + 1);
-    std::vector<const float*> rows = pointers(values, N), against(Q + 1);
-    std::vector<float*> mixes = args.outs == nullptr ? std::vector<float*>() : targets(outs, Q);
-    for (int64_t q = 0; args.probes != nullptr && q < Q; q++) {
-      probes.load(q, args.probes + q * D);
-      against[q + 1] = probes[q];
-    }
+    const std::vector<const float*> rows = pointers(values, has_outs ? N : 1);
+    const std::vector<const float*> against = pointers(probes, has_probes ? Q : 0);
+    for (int64_t q = 0; has_probes && q < Q; q++) probes.load(q, args.probes + q * D);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < args.num_tokens; t++) {
-      for (int64_t n = 0; n < N; n++) values.load(n, args.sources.row(n, t));
       float* logit = args.logit + t * N * Q;
-      for (int64_t n = 0; args.probes != nullptr && n < N; n++) {
-        against[0] = values[n];
-        dots(values[n], against.data(), Q + 1, values.padded, found.data());
-        const double rstd = 1.0 / std::sqrt(double(found[0]) / D + args.eps);
-        args.rstd[t * N + n] = rstd;
-        for (int64_t q = 0; q < Q; q++) logit[n * Q + q] = found[q + 1] * rstd;
+      prefetch(args.sources, N, t, args.num_tokens, D);
+      for (int64_t n = 0; n < N; n++) {
+        const Scalar* source = args.sources.row(n, t);
+        const int64_t row = has_outs ? n : 0;
+        if (has_probes) {
+          load_with_dots(values, row, source, against.data(), Q, found.data());
+          const double rstd = 1.0 / std::sqrt(double(found[Q]) / D + args.eps);
+          args.rstd[t * N + n] = rstd;
+          for (int64_t q = 0; q < Q; q++) logit[n * Q + q] = found[q] * rstd;
+        } else {
+          values.load(row, source);
+        }
       }
-      if (args.outs == nullptr) continue;
+      if (!has_outs) continue;
       softmax(logit, N, Q, weights.data(), args.lse == nullptr ? nullptr : args.lse + t, args.num_tokens);
       for (int64_t q = 0; q < Q; q++)
         for (int64_t n = 0; n < N; n++) weights[q * N + n] *= args.factors[q];
-      combine(rows.data(), N, weights.data(), values.padded, mixes.data(), Q);
-      for (int64_t q = 0; q < Q; q++) outs.store(q, static_cast<Scalar*>(args.outs[q]) + t * D);
+      combine(
+          rows.data(), N, weights.data(), values.padded, Q, [](int64_t, int64_t) { return Pair{Vec(0.0f), Vec(0.0f)}; },
+          [&](int64_t q, int64_t d, const Pair& mixed) {
+            put_narrow(narrow<Scalar>(mixed), static_cast<Scalar*>(args.outs[q]) + t * D + d, D - d);
+          });
     }
   }
 }
@@ -243,7 +335,7 @@ struct MixBackward {
   const float* logit;   // [T, N, Q]
   const float* dlse;    // [Q, T], or null
   void* const* dsources;  // N of [T, D]
-  float* dprobes;       // [num_chunks, Q, D]
+  float *parts, *dprobes;  // [num_chunks, Q, D]; [Q, D]
   int64_t num_tokens, num_sources, num_queries, width, num_chunks;
   const float* factors;  // Q, of the mixes
 };
@@ -252,23 +344,25 @@ void mix_backward(const MixBackward& args, int num_threads) {
   const int64_t N = args.num_sources, Q = args.num_queries, D = args.width, T = args.num_tokens;
 #pragma omp parallel num_threads(num_threads)
   {
-    // the gradients first: `terms` is what the gradient of a source is made of
-    Tile values(N, D), terms(2 * Q, D), sums(Q, D), dvalues(N, D);
-    std::vector<const float*> rows = pointers(values, N), parts = pointers(terms, 2 * Q);
-    std::vector<float*> dprobes = targets(sums, Q), gradients = targets(dvalues, N);
-    // of one token: weights and their gradients [Q, N], z [Q, N], and the factors of the terms [N, 2Q]
-    std::vector<float> weights(Q * N), products(N * Q), z(Q * N), factors(N * 2 * Q);
+    // `terms` is what the gradient of a source is made of: the gradients of the mixes, then the probes
+    Tile values(N, D), terms(2 * Q, D), sums(Q, D);
+    const std::vector<const float*> rows = pointers(values, N), parts = pointers(terms, 2 * Q);
+    // of one token: weights [Q, N], their gradients [N, Q], z [Q, N], factors of the terms [N, 2Q] and of the rows [N]
+    std::vector<float> weights(Q * N), products(N * Q + 1), z(Q * N), factors(N * 2 * Q), slopes(N);
     for (int64_t q = 0; q < Q; q++) terms.load(Q + q, args.probes + q * D);
+    const int64_t num_rows = N + Q - std::count(args.row_of_grad, args.row_of_grad + Q, -1);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < args.num_chunks; chunk++) {
       std::fill(sums.values.begin(), sums.values.end(), 0.0f);
       for (int64_t t = T * chunk / args.num_chunks; t < T * (chunk + 1) / args.num_chunks; t++) {
-        for (int64_t n = 0; n < N; n++) values.load(n, args.sources.row(n, t));
+        prefetch(args.sources, num_rows, t, T, D);
         for (int64_t q = 0; q < Q; q++)
           if (args.row_of_grad[q] >= 0) terms.load(q, args.sources.row(args.row_of_grad[q], t));
+        // the square of a row, behind its products, is those of the next row's to write over
+        for (int64_t n = 0; n < N; n++)
+          load_with_dots(values, n, args.sources.row(n, t), parts.data(), Q, products.data() + n * Q);
         const float *logit = args.logit + t * N * Q, *rstd = args.rstd + t * N;
         softmax(logit, N, Q, weights.data(), nullptr, 0);
-        for (int64_t n = 0; n < N; n++) dots(values[n], parts.data(), Q, values.padded, products.data() + n * Q);
         for (int64_t q = 0; q < Q; q++) {
           const float *weight = weights.data() + q * N, factor = args.factors[q];
           // what is taken off each product is about as large as that
@@ -281,20 +375,24 @@ void mix_backward(const MixBackward& args, int num_threads) {
             factors[n * 2 * Q + Q + q] = z[q * N + n];
           }
         }
-        combine(parts.data(), 2 * Q, factors.data(), values.padded, gradients.data(), N);
-        combine<true>(rows.data(), N, z.data(), values.padded, dprobes.data(), Q);
         for (int64_t n = 0; n < N; n++) {
           double c = 0.0;
           for (int64_t q = 0; q < Q; q++) c += z[q * N + n] * logit[n * Q + q];
-          const float* value = values[n];
-          const Vec slope(float(-c * rstd[n] / D));
-          for (int64_t d = 0; d < values.padded; d += LANES)
-            at::vec::fmadd(slope, Vec::loadu(value + d), Vec::loadu(gradients[n] + d)).store(gradients[n] + d);
-          dvalues.store(n, static_cast<Scalar*>(args.dsources[n]) + t * D);
+          slopes[n] = -c * rstd[n] / D;
         }
+        combine(
+            parts.data(), 2 * Q, factors.data(), values.padded, N,
+            [&](int64_t n, int64_t d) { return Vec(slopes[n]) * pair_at(rows[n] + d); },
+            [&](int64_t n, int64_t d, const Pair& grad) {
+              put_narrow(narrow<Scalar>(grad), static_cast<Scalar*>(args.dsources[n]) + t * D + d, D - d);
+            });
+        combine(
+            rows.data(), N, z.data(), values.padded, Q, [&](int64_t q, int64_t d) { return pair_at(sums[q] + d); },
+            [&](int64_t q, int64_t d, const Pair& sum) { put(sum, sums[q] + d); });
       }
-      for (int64_t q = 0; q < Q; q++) sums.store(q, args.dprobes + (chunk * Q + q) * D);
+      for (int64_t q = 0; q < Q; q++) sums.store(q, args.parts + (chunk * Q + q) * D);
     }
+    sum_chunks(args.parts, args.num_chunks, Q * D, args.dprobes);
   }
 }
 
@@ -313,60 +411,79 @@ struct Merge {
 // scalars of a token are float64: their rounding would be that of a whole row
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
-void load_as(Tile& tile, int64_t row, const Rows& rows, int64_t tensor, int64_t token, int64_t kind) {
-  if (kind == 0) tile.load(row, rows.row<float>(tensor, token));
-  if (kind == 1) tile.load(row, rows.row<c10::BFloat16>(tensor, token));
-  if (kind == 2) tile.load(row, rows.row<c10::Half>(tensor, token));
+Pair update_at(const Merge& args, int64_t token, int64_t d) {
+  const int64_t left = args.width - d;
+  if (args.update_kind == 1) return pair_of(args.rows.row<c10::BFloat16>(2, token) + d, left);
+  if (args.update_kind == 2) return pair_of(args.rows.row<c10::Half>(2, token) + d, left);
+  return pair_of(args.rows.row<float>(2, token) + d, left);
 }
 
 void merge(const Merge& args, int num_threads) {
   const int64_t D = args.width;
 #pragma omp parallel num_threads(num_threads)
   {
-    Tile tile(8, D);
-    float *p = tile[0], *o = tile[1], *u = tile[2], *mixed = tile[3], *probe = tile[4], *weight = tile[5];
-    float *bias = tile[6], *ones = tile[7];
+    Tile tile(6, D);
+    float *p = tile[0], *mixed = tile[1], *probe = tile[2], *weight = tile[3], *bias = tile[4], *ones = tile[5];
+    // of the channels that there are: what is padded stays zero
     std::fill(ones, ones + D, 1.0f);
-    tile.load(4, args.probe);
-    if (args.weight != nullptr) tile.load(5, args.weight);
-    if (args.bias != nullptr) tile.load(6, args.bias);
+    std::copy_n(args.weight == nullptr ? ones : args.weight, D, weight);
+    if (args.bias != nullptr) std::copy_n(args.bias, D, bias);
+    std::copy_n(args.probe, D, probe);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < args.num_tokens; t++) {
-      tile.load(0, args.rows.row(0, t));
-      tile.load(1, args.rows.row(1, t));
-      if (args.update_kind >= 0) {
-        load_as(tile, 2, args.rows, 2, t, args.update_kind);
-        for (int64_t d = 0; d < tile.padded; d += LANES) (Vec::loadu(p + d) + Vec::loadu(u + d)).store(p + d);
-        // the merge takes the sum as later reads will find it
-        Scalar* total = static_cast<Scalar*>(args.total) + t * D;
-        tile.store(0, total);
-        tile.load(0, total);
-      }
-      const float* against[] = {p, probe};
+      const Scalar *partial = args.rows.row(0, t), *inter_out = args.rows.row(1, t);
+      Scalar *total = static_cast<Scalar*>(args.total) + t * D, *out = static_cast<Scalar*>(args.out) + t * D;
+      prefetch(args.rows, 2, t, args.num_tokens, D);
       float found[2];
-      dots(p, against, 2, tile.padded, found);
+      sum_up<2>(tile.padded, found, [&](int64_t d, Pair* sums) {
+        Pair here = pair_of(partial + d, D - d);
+        if (args.update_kind >= 0) {
+          const auto sum = narrow<Scalar>(here + update_at(args, t, d));
+          put_narrow(sum, total + d, D - d);
+          // the merge takes the sum as later reads will find it
+          here = widen<Scalar>(sum);
+        }
+        put(here, p + d);
+        sums[0] = fmadd(here, here, sums[0]);
+        sums[1] = fmadd(here, pair_at(probe + d), sums[1]);
+      });
       const double rstd = 1.0 / std::sqrt(double(found[0]) / D + args.eps), logit = found[1] * rstd, lse = args.lse[t];
       // 1 - share would lose a rest that is small
       const Vec share(float(args.factor * sigmoid(logit - lse))), rest(float(args.factor * sigmoid(lse - logit)));
-      for (int64_t d = 0; d < tile.padded; d += LANES)
-        (rest * Vec::loadu(o + d) + share * Vec::loadu(p + d)).store(mixed + d);
-      float norm_rstd = 0.0f, mean = 0.0f;
+      float norm_rstd = 0.0f, mean = 0.0f, square = 0.0f;
+      const auto mix_at = [&](int64_t d) {
+        return fmadd(rest, pair_of(inter_out + d, D - d), share * pair_at(p + d));
+      };
+      if (args.norm == NONE) {
+        for (int64_t d = 0; d < tile.padded; d += PAIR) put_narrow(narrow<Scalar>(mix_at(d)), out + d, D - d);
+      }
+      if (args.norm == RMS) {
+        sum_up<1>(tile.padded, &square, [&](int64_t d, Pair* sums) {
+          const Pair here = mix_at(d);
+          put(here, mixed + d);
+          sums[0] = fmadd(here, here, sums[0]);
+        });
+      }
       if (args.norm == LAYER) {
-        mean = dot(mixed, ones, tile.padded) / D;
-        const Vec middle(mean);
-        for (int64_t d = 0; d < tile.padded; d += LANES)
-          (Vec::loadu(mixed + d) - middle * Vec::loadu(ones + d)).store(mixed + d);
+        sum_up<1>(tile.padded, &mean, [&](int64_t d, Pair* sums) {
+          const Pair here = mix_at(d);
+          put(here, mixed + d);
+          sums[0] = sums[0] + here;
+        });
+        mean /= D;
+        sum_up<1>(tile.padded, &square, [&](int64_t d, Pair* sums) {
+          const Pair here = pair_at(mixed + d) - Vec(mean) * pair_at(ones + d);
+          put(here, mixed + d);
+          sums[0] = fmadd(here, here, sums[0]);
+        });
       }
       if (args.norm != NONE) {
-        norm_rstd = 1.0 / std::sqrt(double(dot(mixed, mixed, tile.padded)) / D + args.norm_eps);
-        for (int64_t d = 0; d < tile.padded; d += LANES) {
-          Vec here = Vec::loadu(mixed + d) * Vec(norm_rstd);
-          if (args.weight != nullptr) here = here * Vec::loadu(weight + d);
-          if (args.bias != nullptr) here = here + Vec::loadu(bias + d);
-          here.store(mixed + d);
+        norm_rstd = 1.0 / std::sqrt(double(square) / D + args.norm_eps);
+        for (int64_t d = 0; d < tile.padded; d += PAIR) {
+          const Pair here = fmadd(Vec(norm_rstd) * pair_at(mixed + d), pair_at(weight + d), pair_at(bias + d));
+          put_narrow(narrow<Scalar>(here), out + d, D - d);
         }
       }
-      tile.store(3, static_cast<Scalar*>(args.out) + t * D);
       float* stats = args.stats + 4 * t;
       stats[0] = rstd, stats[1] = logit, stats[2] = norm_rstd, stats[3] = mean;
     }
@@ -378,7 +495,7 @@ struct MergeBackward {
   int64_t has_grad_total;
   const float *lse, *probe, *weight, *stats;  // weight may be null
   void *dtotal, *dinter;  // [T, D]
-  float *dlse, *dvectors;  // [T]; [num_chunks, 1 + weight + bias, D]
+  float *dlse, *parts, *dvectors;  // [T]; [num_chunks, 1 + weight + bias, D]; [1 + weight + bias, D]
   int64_t num_tokens, width, norm, has_bias, num_chunks;
   float factor;
 };
@@ -388,65 +505,74 @@ void merge_backward(const MergeBackward& args, int num_threads) {
   const int64_t num_vectors = 1 + (args.weight != nullptr) + (args.has_bias != 0);
 #pragma omp parallel num_threads(num_threads)
   {
-    Tile tile(11, D), sums(3, D);
-    float *p = tile[0], *o = tile[1], *g = tile[2], *y = tile[3], *probe = tile[4], *weight = tile[5];
-    float *dinter = tile[6], *dtotal = tile[7], *grad_total = tile[8], *between = tile[9], *ones = tile[10];
+    Tile tile(5, D), sums(3, D);
+    float *g = tile[0], *y = tile[1], *probe = tile[2], *weight = tile[3], *ones = tile[4];
     std::fill(ones, ones + D, 1.0f);
+    std::copy_n(args.weight == nullptr ? ones : args.weight, D, weight);
+    std::copy_n(args.probe, D, probe);
     float *dprobe = sums[0], *dweight = sums[1], *dbias = sums[num_vectors - 1];
-    tile.load(4, args.probe);
-    if (args.weight != nullptr) tile.load(5, args.weight);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < args.num_chunks; chunk++) {
       std::fill(sums.values.begin(), sums.values.end(), 0.0f);
       for (int64_t t = T * chunk / args.num_chunks; t < T * (chunk + 1) / args.num_chunks; t++) {
-        tile.load(0, args.rows.row(0, t));
-        tile.load(1, args.rows.row(1, t));
-        tile.load(2, args.rows.row(2, t));
-        if (args.has_grad_total) tile.load(8, args.rows.row(3, t));
+        prefetch(args.rows, 3 + args.has_grad_total, t, T, D);
+        const Scalar *partial = args.rows.row(0, t), *inter_out = args.rows.row(1, t), *grad_out = args.rows.row(2, t);
+        const Scalar* grad_total = args.has_grad_total ? args.rows.row(3, t) : nullptr;
         const float* stats = args.stats + 4 * t;
         const double rstd = stats[0], logit = stats[1], lse = args.lse[t];
-        const float norm_rstd = stats[2], mean = stats[3];
+        const Vec norm_rstd(stats[2]), mean(stats[3]);
         const double part = sigmoid(logit - lse), other = sigmoid(lse - logit);
         const Vec share(float(args.factor * part)), rest(float(args.factor * other));
-        for (int64_t d = 0; d < tile.padded; d += LANES)
-          (Vec::loadu(p + d) - Vec::loadu(o + d)).store(between + d);
-        if (args.norm != NONE) {
-          for (int64_t d = 0; d < tile.padded; d += LANES) {
-            const Vec centred = rest * Vec::loadu(o + d) + share * Vec::loadu(p + d) - Vec(mean) * Vec::loadu(ones + d);
-            const Vec grad = Vec::loadu(g + d), here = centred * Vec(norm_rstd);
-            here.store(y + d);
-            if (args.has_bias) (Vec::loadu(dbias + d) + grad).store(dbias + d);
-            if (args.weight == nullptr) continue;
-            at::vec::fmadd(grad, here, Vec::loadu(dweight + d)).store(dweight + d);
-            (grad * Vec::loadu(weight + d)).store(g + d);
-          }
-          const float* against[] = {y, ones};
+        const auto p_at = [&](int64_t d) { return pair_of(partial + d, D - d); };
+        const auto o_at = [&](int64_t d) { return pair_of(inter_out + d, D - d); };
+        const auto g_at = [&](int64_t d) { return pair_of(grad_out + d, D - d); };
+        float product;
+        if (args.norm == NONE) {
+          sum_up<1>(tile.padded, &product, [&](int64_t d, Pair* sum) {
+            const Pair grad = g_at(d);
+            put(grad, g + d);
+            sum[0] = fmadd(grad, p_at(d) - o_at(d), sum[0]);
+          });
+        } else {
           float found[2];
-          dots(g, against, 2, tile.padded, found);
-          const Vec pull(found[0] / D), middle(args.norm == LAYER ? found[1] / D : 0.0f), scale(norm_rstd);
-          for (int64_t d = 0; d < tile.padded; d += LANES) {
-            const Vec off = middle * Vec::loadu(ones + d) + pull * Vec::loadu(y + d);
-            ((Vec::loadu(g + d) - off) * scale).store(g + d);
-          }
+          sum_up<2>(tile.padded, found, [&](int64_t d, Pair* sum) {
+            const Pair grad = g_at(d), centred = rest * o_at(d) + share * p_at(d) - mean * pair_at(ones + d);
+            const Pair here = norm_rstd * centred, weighted = grad * pair_at(weight + d);
+            if (args.has_bias) put(pair_at(dbias + d) + grad, dbias + d);
+            if (args.weight != nullptr) put(fmadd(grad, here, pair_at(dweight + d)), dweight + d);
+            put(here, y + d);
+            put(weighted, g + d);
+            sum[0] = fmadd(weighted, here, sum[0]);
+            sum[1] = sum[1] + weighted;
+          });
+          const Vec pull(found[0] / D), middle(args.norm == LAYER ? found[1] / D : 0.0f);
+          sum_up<1>(tile.padded, &product, [&](int64_t d, Pair* sum) {
+            const Pair off = middle * pair_at(ones + d) + pull * pair_at(y + d);
+            const Pair grad = norm_rstd * (pair_at(g + d) - off);
+            put(grad, g + d);
+            sum[0] = fmadd(grad, p_at(d) - o_at(d), sum[0]);
+          });
         }
-        const double dlogit = args.factor * part * other * dot(g, between, tile.padded);
+        const double dlogit = args.factor * part * other * product;
         args.dlse[t] = -dlogit;
         const Vec scaled(float(dlogit * rstd)), bend(float(rstd * logit / D));
-        for (int64_t d = 0; d < tile.padded; d += LANES) {
-          Vec here = Vec::loadu(p + d), grad = Vec::loadu(g + d);
-          (rest * grad).store(dinter + d);
-          at::vec::fmadd(scaled, here, Vec::loadu(dprobe + d)).store(dprobe + d);
-          Vec found = share * grad + scaled * (Vec::loadu(probe + d) - here * bend);
-          if (args.has_grad_total) found = found + Vec::loadu(grad_total + d);
-          found.store(dtotal + d);
+        Scalar *dinter = static_cast<Scalar*>(args.dinter) + t * D, *dtotal = static_cast<Scalar*>(args.dtotal) + t * D;
+        for (int64_t d = 0; d < tile.padded; d += PAIR) {
+          const Pair here = p_at(d), grad = pair_at(g + d);
+          put_narrow(narrow<Scalar>(rest * grad), dinter + d, D - d);
+          put(fmadd(scaled, here, pair_at(dprobe + d)), dprobe + d);
+          Pair found = share * grad + scaled * (pair_at(probe + d) - bend * here);
+          if (grad_total != nullptr) found = found + pair_of(grad_total + d, D - d);
+          put_narrow(narrow<Scalar>(found), dtotal + d, D - d);
         }
-        tile.store(6, static_cast<Scalar*>(args.dinter) + t * D);
-        tile.store(7, static_cast<Scalar*>(args.dtotal) + t * D);
       }
-      for (int64_t k = 0; k < num_vectors; k++) sums.store(k, args.dvectors + (chunk * num_vectors + k) * D);
+      for (int64_t k = 0; k < num_vectors; k++) sums.store(k, args.parts + (chunk * num_vectors + k) * D);
     }
+    sum_chunks(args.parts, args.num_chunks, num_vectors * D, args.dvectors);
   }
 }
+
+}  // namespace
 
 #define ATTNRES_EXPORT(NAME, ARGUMENTS) \
   extern "C" void attnres_##NAME(const ARGUMENTS* args, int num_threads) { NAME(*args, num_threads); }

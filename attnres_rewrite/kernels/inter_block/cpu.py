@@ -41,6 +41,7 @@ class MixBackwardArguments(ctypes.Structure):
         ("logit", ctypes.c_void_p),
         ("dlse", ctypes.c_void_p),
         ("dsources", ctypes.POINTER(ctypes.c_void_p)),
+        ("parts", ctypes.c_void_p),
         ("dprobes", ctypes.c_void_p),
         ("num_tokens", ctypes.c_int64),
         ("num_sources", ctypes.c_int64),
@@ -62,6 +63,23 @@ def logits_forward(sources: Sequence[Tensor], probes: Tensor, eps: float) -> tup
         rows_argument(sources, rows), address(probes), address(rstd), address(logit), None, None, *sizes, eps, None,
     ))  # fmt: skip
     return rstd, logit
+
+
+def forward(
+    sources: Sequence[Tensor], probes: Tensor, eps: float, factors: Sequence[float]
+) -> tuple[list[Tensor], Tensor]:
+    """Return what mix_forward does, reading the sources once."""
+    rows, (num_queries, width) = rows_of(sources), probes.shape
+    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype) for _ in range(num_queries)]
+    rstd = probes.new_empty(rows.num_rows, len(sources))
+    logit, lse = probes.new_empty(*rstd.shape, num_queries), probes.new_empty(num_queries, rows.num_rows)
+    count("inter_block.forward (C++)")
+    sizes = rows.num_rows, len(sources), num_queries, width
+    call("mix", sources[0].dtype, MixArguments(
+        rows_argument(sources, rows), address(probes), address(rstd), address(logit), pointers(outs), address(lse),
+        *sizes, eps, floats(factors),
+    ))  # fmt: skip
+    return outs, lse
 
 
 def mix_forward(sources: Sequence[Tensor], logit: Tensor, factors: Sequence[float]) -> tuple[list[Tensor], Tensor]:
@@ -109,12 +127,12 @@ def mix_backward(
     rows = rows_of([*sources, *given])
     chunks = num_chunks(rows.num_rows, probes)
     dsources = [torch.empty(source.shape, dtype=source.dtype) for source in sources]
-    dprobes = probes.new_empty(chunks, num_queries, width)
+    parts, dprobes = probes.new_empty(chunks, num_queries, width), torch.empty_like(probes)
     dlse = None if dlse is None else dlse.contiguous()
     sizes = rows.num_rows, len(sources), num_queries, width
     call("mix_backward", sources[0].dtype, MixBackwardArguments(
         rows_argument([*sources, *given], rows), (ctypes.c_int64 * num_queries)(*of_query), address(probes),
-        address(rstd), address(logit), address(dlse), pointers(dsources), address(dprobes), *sizes, chunks,
-        floats(factors),
+        address(rstd), address(logit), address(dlse), pointers(dsources), address(parts), address(dprobes), *sizes,
+        chunks, floats(factors),
     ))  # fmt: skip
-    return dsources, dprobes.sum(0)
+    return dsources, dprobes

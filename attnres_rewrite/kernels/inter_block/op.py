@@ -7,7 +7,8 @@
 The mix of one source is that source: nothing is written, and only its logits are computed.
 
 Under torch.compile the mixes are made again for the backward, from the sources and the saved logits: one op makes the
-logits, another the mixes, and that one is a checkpoint. Run eagerly, they are kept for it.
+logits, another the mixes, and that one is a checkpoint. Run eagerly, they are kept for it. Without gradients one op
+makes both.
 """
 
 from collections.abc import Sequence
@@ -66,9 +67,11 @@ def inter_block_by_kernel(
 
 
 def _mixes(sources: list[Tensor], probes: Tensor, eps: float, factors: list[float]) -> tuple[list[Tensor], Tensor]:
+    if not torch.is_grad_enabled():
+        return torch.ops.attnres.inter_block_without_grad(sources, probes, eps, factors)
     # their gradient is part of that of the mixes: one backward reads the sources once for both
     rstd, logit = torch.ops.attnres.inter_logits([source.detach() for source in sources], probes.detach(), eps)
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         # checkpoint is declared to return one tensor; it returns what its function does
         return checkpoint(  # type: ignore[return-value]
             torch.ops.attnres.inter_block, sources, probes, rstd, logit, factors, use_reentrant=False
@@ -110,8 +113,25 @@ def _inter_block(
 
 @_inter_block.register_fake
 def _(sources: list[Tensor], probes: Tensor, *_: Any) -> tuple[list[Tensor], Tensor]:
-    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probes.device) for _ in probes]
-    return outs, _empty_scalars(sources, probes)[0]
+    return _empty_mixes(sources, probes)
+
+
+@torch.library.custom_op("attnres::inter_block_without_grad", mutates_args=())
+def _inter_block_without_grad(
+    sources: list[Tensor], probes: Tensor, eps: float, factors: list[float]
+) -> tuple[list[Tensor], Tensor]:
+    """Return what inter_block returns, from the sources."""
+    if is_for_cpp(probes):
+        return cpu.forward(sources, probes, eps, factors)
+    from attnres_rewrite.kernels.inter_block.triton_forward import logits_forward, mix_forward
+
+    _, logit = logits_forward(sources, probes, eps)
+    return mix_forward(sources, logit, factors)
+
+
+@_inter_block_without_grad.register_fake
+def _(sources: list[Tensor], probes: Tensor, *_: Any) -> tuple[list[Tensor], Tensor]:
+    return _empty_mixes(sources, probes)
 
 
 @torch.library.custom_op("attnres::inter_block_of_one", mutates_args=())
@@ -150,6 +170,11 @@ def _(
 ) -> tuple[list[Tensor], Tensor]:
     gradients = [torch.empty(source.shape, dtype=source.dtype, device=source.device) for source in sources]
     return gradients, torch.empty_like(probes)
+
+
+def _empty_mixes(sources: Sequence[Tensor], probes: Tensor) -> tuple[list[Tensor], Tensor]:
+    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probes.device) for _ in probes]
+    return outs, _empty_scalars(sources, probes)[0]
 
 
 def _empty_scalars(sources: Sequence[Tensor], probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

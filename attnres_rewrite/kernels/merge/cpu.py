@@ -47,6 +47,7 @@ class MergeBackwardArguments(ctypes.Structure):
         ("dtotal", ctypes.c_void_p),
         ("dinter", ctypes.c_void_p),
         ("dlse", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
         ("dvectors", ctypes.c_void_p),
         ("num_tokens", ctypes.c_int64),
         ("width", ctypes.c_int64),
@@ -89,15 +90,15 @@ def merge_backward(
     dlse = torch.empty(lse.shape, dtype=torch.float32)
     num_vectors = 1 + (norm_weight is not None) + has_bias
     chunks = num_chunks(rows.num_rows, probe)
-    dvectors = probe.new_empty(chunks, num_vectors, width)
+    parts, dvectors = probe.new_empty(chunks, num_vectors, width), probe.new_empty(num_vectors, width)
     lse, weight = lse.contiguous(), _float_vector(norm_weight)
     count("merge.backward (C++)" if norm == "none" else "add_merge_norm.backward (C++)")
     call("merge_backward", total.dtype, MergeBackwardArguments(
         rows_argument(inputs, rows), grad_total is not None, address(lse), address(probe), address(weight),
-        address(stats), address(dtotal), address(dinter), address(dlse), address(dvectors),
+        address(stats), address(dtotal), address(dinter), address(dlse), address(parts), address(dvectors),
         rows.num_rows, width, NORMS[norm], has_bias, chunks, factor,
     ))  # fmt: skip
-    return dtotal, dinter, dlse, dvectors.sum(0)
+    return dtotal, dinter, dlse, dvectors
 
 
 def _float_vector(vector: Tensor | None) -> Tensor | None:

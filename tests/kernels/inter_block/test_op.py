@@ -152,7 +152,20 @@ def test_the_custom_ops_are_sound():
         torch.ops.attnres.inter_logits.default, ([s.detach() for s in sources], probes.detach(), 1e-6)
     )
     torch.library.opcheck(torch.ops.attnres.inter_block.default, (sources, probes, *scalars, [2.0] * len(probes)))
+    torch.library.opcheck(
+        torch.ops.attnres.inter_block_without_grad.default,
+        ([s.detach() for s in sources], probes.detach(), 1e-6, [2.0] * 2),
+    )
     torch.library.opcheck(torch.ops.attnres.inter_block_of_one.default, (sources[0], probes, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_the_values_are_the_same(dtype):
+    kernel, _ = operations(3, 5)
+    inputs = inputs_of(3, 5, 33, (2, 7), dtype)
+    with torch.no_grad():
+        found = kernel(inputs)
+    assert all(torch.equal(one, other) for one, other in zip(found, kernel(inputs), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
