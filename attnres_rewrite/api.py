@@ -30,6 +30,7 @@ from attnres_rewrite.passes.plan_blocks import plan_blocks
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 from attnres_rewrite.records import BlockPlan, Captured, FusedRead, ReadGroup, StreamSearch
 from attnres_rewrite.report import RewriteReport, VerifyReport, describe_stream, report_from
+from attnres_rewrite.sizes_of_one import refuse_other_sizes_of_one
 from attnres_rewrite.verify import prove, prove_capture
 
 Model = nn.Module | ExportedProgram | fx.GraphModule
@@ -80,6 +81,8 @@ def rewrite(
     say = progress or (lambda stage: None)
     inputs = ExampleInputs(*plain_inputs((tuple(args), dict(kwargs or {}))))
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
+    if isinstance(model, nn.Module):
+        captured = refuse_other_sizes_of_one(model, captured, inputs)
     say("find the stream, plan the blocks, insert and schedule the reads")
     start = time.perf_counter()
     planned = _plan_modes(captured, config)

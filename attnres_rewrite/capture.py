@@ -12,8 +12,7 @@ functionalised, because that would turn `dropout(train=False)` into a plain copy
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from attnres_rewrite.export_routes import Route, asks_for_fixed, automatic_dims,
 from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.model_caches import register_caches
+from attnres_rewrite.model_state import in_mode, plain_tensors_kept
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
 from attnres_rewrite.trace_conditions import conditions_from, input_paths
@@ -102,7 +102,7 @@ def _from_module(
         say(f"capture ({'train' if mode else 'eval'})")
         routes = routes_for(dynamic_shapes) if route is None else (route,)
         try:
-            with _in_mode(model, mode), _plain_tensors_kept(model):
+            with in_mode(model, mode), plain_tensors_kept(model):
                 program, route = export(model, args, kwargs, dynamic_shapes, routes)
         except CaptureError as why:
             if mode == model.training:
@@ -157,42 +157,6 @@ def _refuse_other_device(model: nn.Module, inputs: Any) -> None:
                 "First check that model(*args, **kwargs) runs; move the inputs with .to(device).",
             )
         )
-
-
-@contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Generator[None]:
-    """Put every submodule in one mode, unless it is the model's own, and restore each flag after."""
-    if model.training == training:
-        yield
-        return
-    flags = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-@contextmanager
-def _plain_tensors_kept(model: nn.Module) -> Generator[None]:
-    """Put back what a forward does to tensors that are plain attributes: a count moves on, a fake tensor stays."""
-    before = {module: dict(vars(module)) for module in model.modules()}
-    kept = [value for found in before.values() for value in found.values() if isinstance(value, torch.Tensor)]
-    values = [value for value in kept if not value.is_meta]
-    copies = [value.detach().clone() for value in values]
-    try:
-        yield
-    finally:
-        for module, found in before.items():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, torch.Tensor) and found.get(name) is not value:
-                    del module.__dict__[name]
-            module.__dict__.update({name: value for name, value in found.items() if isinstance(value, torch.Tensor)})
-        with torch.no_grad():
-            for value, copied in zip(values, copies, strict=True):
-                if not torch.equal(value, copied):
-                    value.copy_(copied)
 
 
 def _from_program(program: ExportedProgram, route: str, start: float) -> Captured:

@@ -12,7 +12,7 @@
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from attnres_rewrite.config import dtype_name
 from attnres_rewrite.errors import CaptureError, ProofError, explain
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override, seeded
+from attnres_rewrite.model_state import buffers_kept
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.report import Proof, VerifyReport
 from attnres_rewrite.witness import DepthInterpreter, random_reads, zero_gates, zero_queries
@@ -259,17 +260,14 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     say("prove: the capture is faithful")
     program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
-    kept = [(of, name, value, value.detach().clone()) for of, name, value in _buffers_of(model)]
     tensors = (*model.parameters(), *model.buffers(), *leaves)
     with torch.no_grad():
         args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
-        with seeded(tensors, 0):
+        with seeded(tensors, 0), buffers_kept(model):
             reference = pytree.tree_leaves(model(*args, **kwargs))
-        _put_back(kept)
         runner = torch.fx.Interpreter(new, graph=program.original)
-        with seeded(tensors, 0):
+        with seeded(tensors, 0), buffers_kept(model):
             found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
-        _put_back(kept)
     dtype = next(
         (value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
         torch.float32,
@@ -286,18 +284,6 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
             limit=CAPTURE_LIMITS[dtype],
         ),
     )
-
-
-def _buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in model.modules():
-        yield from ((module, name, value) for name, value in module._buffers.items() if value is not None)
-
-
-def _put_back(kept: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    """Give buffers their values again, and the very tensors: a forward may assign others."""
-    for module, name, value, copied in kept:
-        module._buffers[name] = value
-        value.copy_(copied)
 
 
 def _cloned(value: Any) -> Any:

@@ -17,6 +17,7 @@ LEVELS = (
         "inputs",
         "trace_conditions",
         "copying",
+        "model_state",
         "mark",
         "kernels",
         "functional",
@@ -31,6 +32,7 @@ LEVELS = (
         "passes",
         "report",
         "verify",
+        "sizes_of_one",
         "lifted",
         "witness",
         "training_ir",
@@ -57,7 +59,7 @@ LEVELS = (
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},
 )
-FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "module", "report"}
+FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "model_state", "module", "report"}
 PROOFS = FACTS | {"verify", "lifted", "witness"}
 # The proofs share no code with what they prove: no pass, no kernel. The command line uses what every user
 # has, and nothing else.
