@@ -54,8 +54,8 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def _pair(spec: Spec) -> tuple[nn.Module, ar.RewrittenModule, dict[str, Any]]:
     """Return an attached model with random queries and gains, the same rewritten, and inputs; all in float64."""
+    define_missing_ops()
     if spec.family == "timm" or spec.name in NEEDS_TIMM:
-        define_missing_ops()
         pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
     torch._dynamo.reset()
     inputs = pytree.tree_map(lambda value: _cast(value, torch.float64), spec.inputs())

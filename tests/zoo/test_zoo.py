@@ -41,8 +41,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _rewrite(spec: Spec) -> ar.RewrittenModule:
+    define_missing_ops()
     if spec.family == "timm" or spec.name in NEEDS_TIMM:
-        define_missing_ops()
         pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
     return ar.rewrite(spec.build(), (), spec.inputs(), config=ar.AttnResConfig(block_size=2))
 
