@@ -9,6 +9,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import model_file, refuse_same_file
 from attnres_rewrite.errors import ArtifactError, explain
 
 Ranks = Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)]
@@ -80,6 +81,7 @@ def partition(
     config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     schedule = pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     placement = ar.placement_for(schedule, virtual)
+    refuse_same_file({"-o": target, "--plot": plot}, {"MODEL": model_file(model)})
     if target is not None:
         _check_file("-o", target, force)
     if microbatches is not None and plot is None:

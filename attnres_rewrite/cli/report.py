@@ -9,6 +9,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import model_file, refuse_same_file
 from attnres_rewrite.errors import ArtifactError, explain
 
 DiagnosisPath = Annotated[
@@ -56,6 +57,7 @@ def report(
     variant = heads, key_rank, gate, recency_bias
     config = shared._config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     target = path or Path(f"{load.name_of(model)}.html")
+    refuse_same_file({"-o": target}, {"MODEL": model_file(model), "--diagnosis": diagnosis})
     _check_file(target, force)
     learnt = None if diagnosis is None else _load_diagnosis(diagnosis)
     found = shared._load(model, config, meta, batch, seq)

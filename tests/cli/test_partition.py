@@ -90,3 +90,23 @@ def test_a_picture_of_no_known_kind(cli, tmp_path):
     found = cli("partition", GPT, "--ranks", 2, "--plot", tmp_path / "plan.bmp")
     assert found.code == 2
     assert "must end in .svg, .png, .pdf" in found.err
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize(("one", "other"), [("plan.svg", "plan.svg"), ("plan.svg", "folder/../plan.svg")])
+def test_a_plan_and_a_picture_of_one_name(cli, tmp_path, monkeypatch, one, other, force):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    # refused before the model is looked for
+    found = cli("partition", "no_such_model.py", "--ranks", 2, "-o", one, "--plot", other, *force)
+    assert found.code == 2
+    assert f"-o {one} and --plot {other} are one file" in found.err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_model_is_not_replaced(cli, tiny_file):
+    before = tiny_file.read_text()
+    found = cli("partition", tiny_file, "--ranks", 2, "-o", tiny_file, "--force")
+    assert found.code == 2
+    assert "would replace MODEL" in found.err
+    assert tiny_file.read_text() == before

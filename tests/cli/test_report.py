@@ -154,3 +154,12 @@ def test_what_is_no_diagnosis_is_refused(cli, tiny_file, tmp_path):
     done = cli("report", tiny_file, "--diagnosis", tiny_file, "-o", tmp_path / "tiny.html")
     assert done.code == 1
     assert "not a diagnosis" in done.err
+
+
+def test_what_is_read_is_not_replaced(cli, tiny_file, diagnosis):
+    for target, name in ((tiny_file, "MODEL"), (diagnosis, "--diagnosis")):
+        before = target.read_text()
+        done = cli("report", f"{tiny_file}:build", "--diagnosis", diagnosis, "-o", target, "--force")
+        assert done.code == 2
+        assert f"would replace {name}" in done.err
+        assert target.read_text() == before
