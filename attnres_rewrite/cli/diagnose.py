@@ -16,6 +16,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import refuse_existing
 from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
 
 DATA_FACTORIES = ("batches", "make_batches", "data", "loader")
@@ -130,7 +131,7 @@ def diagnose(
 
 def _check_folder(target: Path, force: bool) -> None:
     """Refuse before the work a folder that cannot be written, or is not to be."""
-    shared._check_target(target, force)
+    refuse_existing(target, force)
     if target.exists() and not target.is_dir():
         raise ArtifactError(explain(f"{target} is no folder", remedy="-o names a folder."))
     folder = target if target.exists() else target.parent

@@ -1,6 +1,5 @@
 """attnres-rewrite partition: a model -> the stages of a pipeline and their traffic: a table, JSON, a picture."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +103,7 @@ def partition(
     figure = None if plot is None else ar.draw_pipeline(plan, schedule, microbatches)
     try:
         if target is not None:
-            target.write_text(json.dumps(facts, indent=2) + "\n")
+            target.write_text(render.json_text(facts) + "\n")
         if plot is not None and figure is not None:
             figure.savefig(plot, dpi=200)
     except OSError as error:

@@ -1,10 +1,24 @@
-"""Files that a command would write -> a refusal where one of them would replace another, or what the command reads."""
+"""What a command would write -> a refusal where that would replace something else."""
 
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
 from attnres_rewrite.cli import load
+from attnres_rewrite.errors import ArtifactError, explain
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Refuse before the work, not after it, what the save would refuse.
+
+    Raises:
+        ArtifactError: The folder to save in exists, and there is no `force`.
+        ValueError: There is no folder to make it in.
+    """
+    if not target.parent.is_dir():
+        raise ValueError(f"-o {target}: there is no folder {target.parent}")
+    if target.exists() and not force:
+        raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another folder."))
 
 
 def refuse_same_file(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:

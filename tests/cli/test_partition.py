@@ -1,9 +1,12 @@
 """attnres-rewrite partition, with the real library."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+
+import attnres_rewrite as ar
 
 GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
 
@@ -22,7 +25,7 @@ def test_facts_and_the_file_are_the_same(cli, tmp_path):
     target = tmp_path / "plan.json"
     done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--blocks", 4, "--mode", "paper", "--json", "-o", target)
     assert done.code == 0
-    facts = json.loads(done.out)
+    facts = done.facts
     assert facts == json.loads(target.read_text())
     assert facts["mode"] == "paper"
     assert facts["traffic"]["exact"]["total_units"] == 4
@@ -30,14 +33,22 @@ def test_facts_and_the_file_are_the_same(cli, tmp_path):
     assert len(facts["stages"]) == 4
 
 
+def test_stages_of_which_nothing_is_counted(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(ar.PipelinePlan, "balance", property(lambda plan: math.nan))
+    target = tmp_path / "plan.json"
+    done = cli("partition", GPT, "--ranks", 2, "--json", "-o", target)
+    assert done.facts["balance"] == "NaN"
+    assert json.loads(target.read_text()) == done.facts
+
+
 def test_a_schedule_chooses_the_placement(cli):
     done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--schedule", "ZBVZeroBubble", "--json")
-    assert json.loads(done.out)["placement"] == "v"
+    assert done.facts["placement"] == "v"
 
 
 def test_named_cuts(cli):
     done = cli("partition", GPT, "--ranks", 3, "--cuts", "layers.2,layers.4", "--json")
-    stages = json.loads(done.out)["stages"]
+    stages = done.facts["stages"]
     assert [stage["modules"][0] for stage in stages][1:] == ["layers.2", "layers.4"]
 
 
