@@ -95,6 +95,8 @@ def diagnose(
         baseline="" if baseline is False else "own" if baseline is None else "given",
         baseline_loss=sides[1].mean_loss if any_finite and len(sides) > 1 else None,
         streams=tuple(_stream(index, plan, sides) for index, plan in enumerate(program.plans)) if any_finite else (),
+        config=new.config,
+        loss_kind="default" if loss_fn is None else "given",
     )
 
 

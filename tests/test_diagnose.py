@@ -334,6 +334,7 @@ def test_figures_of_a_huggingface_model(name):
     new = lift_casts(rewritten(model, batch, num_blocks=2))
     mine, original = by_hand(new, [((), batch)] * 2, by)
     diagnosis = ar.diagnose(new, [batch] * 2, loss_fn=loss_fn)
+    assert diagnosis.loss_kind == ("default" if loss_fn is None else "given")
     check(diagnosis, new, mine, original)
     assert [[update.kind for update in stream.updates] for stream in diagnosis.streams] == kinds
 
@@ -346,6 +347,7 @@ def new() -> ar.RewrittenModule:
 def test_at_zero_queries_the_original_is_itself(new):
     found = ar.diagnose(new, [ids()])
     assert (found.num_batches, found.num_nonfinite, found.mode, found.baseline) == (1, 0, "eval", "own")
+    assert (found.config, found.loss_kind) == (new.config, "default")
     assert found.num_tokens == ids().numel()
     assert found.loss == pytest.approx(found.baseline_loss, rel=1e-6)
     (stream,) = found.streams
