@@ -6,6 +6,7 @@ from the palette of Okabe and Ito and have markers of their own.
 """
 
 import importlib
+import io
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnres_rewrite.colour_schemes import BAND, BLUE, GREEN, GREY, ON_A_PAGE, VERMILION, follow_scheme
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis
 from attnres_rewrite.errors import ArtifactError, MissingPackageError, explain
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 WIDTH_IN = 3.4
 FORMATS = ("png", "svg", "pdf")
 MAP = "cividis"
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 8,
     "axes.labelsize": 8,
@@ -59,7 +60,7 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
     """Draw the mean weight of every source at every read (arXiv 2603.15031, figure 8).
 
     Rows are reads, from the first; columns are sources. The last cell of a row is the newest block, its partial sum
-    while it is open. Lines part the blocks. A source that does not exist at a read has no colour.
+    while it is open. Lines part the blocks. A source that does not exist at a read has no colour, and is lined off.
 
     Args:
         diagnosis: Of a run with at least one finite batch.
@@ -88,10 +89,19 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
         bar.set_label("mean weight" if linear else "mean weight, square-root scale")
         _part_blocks(axes, of)
+        # a small weight is nearly as dark as a dark page
+        ends = [len(read.weights) - 0.5 for read in of.reads]
+        axes.stairs(ends, np.arange(-0.5, rows), orientation="horizontal", baseline=None, **_like_the_frame())
         _label_reads(axes, of.reads, named)
         _label_sources(axes, columns)
         _set_title(axes, diagnosis, of, "depth attention")
     return figure
+
+
+def _like_the_frame() -> dict[str, Any]:
+    from matplotlib import rcParams
+
+    return {"color": rcParams["axes.edgecolor"], "linewidth": rcParams["axes.linewidth"]}
 
 
 def _part_blocks(axes: "Axes", of: StreamDiagnosis) -> None:
@@ -242,7 +252,7 @@ def _number_depth(axes: "Axes", last: int) -> None:
 
 def _shade_blocks(axes: "Axes", of: StreamDiagnosis) -> None:
     for first, last in of.blocks[::2] if _are_marked(of) else ():
-        axes.axvspan(first - 0.5, last + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
+        axes.axvspan(first - 0.5, last + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
 def _set_title(axes: "Axes", diagnosis: Diagnosis, of: StreamDiagnosis, what: str) -> None:
@@ -304,6 +314,26 @@ def save_plots(
     return tuple(targets)
 
 
+def svg_figures(diagnosis: Diagnosis) -> dict[str, str]:
+    """Draw every plot of every stream for a page: SVG texts by title, in colours that follow a light or dark scheme.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: The diagnosis has no figures.
+    """
+    _stream_of(diagnosis, 0)
+    from matplotlib import rc_context
+
+    figures: dict[str, str] = {}
+    for stream, prefix in enumerate(_prefixes(diagnosis)):
+        for plot, draw in PLOTS.items():
+            words, text = plot.replace("_", " "), io.StringIO()
+            with rc_context(ON_A_PAGE):  # pyright: ignore[reportArgumentType]
+                _save(draw(diagnosis, stream), text, "svg")
+            figures[f"{prefix[:-1]}: {words}" if prefix else words.capitalize()] = follow_scheme(text.getvalue())
+    return figures
+
+
 def _prefixes(diagnosis: Diagnosis) -> list[str]:
     if len(diagnosis.streams) == 1:
         return [""]
@@ -312,7 +342,7 @@ def _prefixes(diagnosis: Diagnosis) -> list[str]:
     return [f"{name}." if unique else f"{name}.{number}." for number, name in enumerate(names, start=1)]
 
 
-def _save(figure: "Figure", path: Path, ending: str) -> None:
+def _save(figure: "Figure", path: Path | io.StringIO, ending: str) -> None:
     from matplotlib import rc_context
 
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}

@@ -52,6 +52,7 @@ LEVELS = (
         "running_figures",
         "diagnose",
         "plots",
+        "colour_schemes",
         "page",
     },
     {"attachment", "backend", "cli"},

@@ -63,11 +63,8 @@ def report(
     found = shared._load(model, config, meta, batch, seq)
     with render.working("capture") as stage:
         new = _rewritten(model, found, config, not (no_verify or meta), stage)
-        if learnt is not None:
-            _refuse_other_model(learnt, new.report, str(diagnosis))
         stage("write the page")
-        figures = None if learnt is None else _draw(learnt)
-        target.write_text(ar.html_report(new, figures=figures), encoding="utf-8")
+        target.write_text(ar.html_report(new, diagnosis=learnt), encoding="utf-8")
     if new.report.verify is None:
         render.warning("NOTHING WAS PROVEN: the page says so.")
     if as_json:
@@ -119,36 +116,3 @@ def _load_diagnosis(path: Path) -> "ar.Diagnosis":
     if not learnt.streams:
         raise ArtifactError(explain(f"{path} has no figures", None, "No batch of that diagnosis was finite."))
     return learnt
-
-
-def _refuse_other_model(learnt: "ar.Diagnosis", report: "ar.RewriteReport", path: str) -> None:
-    """Refuse a diagnosis whose reads are not those of the page: their names, what they mix, or its width."""
-    seen = [(read.name, len(read.sources)) for stream in learnt.streams for read in stream.reads]
-    wanted = [(read.query_name.removesuffix(".query"), read.num_sources) for read in report.reads]
-    widths, own_widths = ([stream.width for stream in of.streams] for of in (learnt, report))
-    if (seen, widths) == (wanted, own_widths):
-        return
-    differs = next((pair for pair in zip(seen, wanted, strict=False) if pair[0] != pair[1]), None)
-    why = f"It has {len(seen)} reads of widths {widths}, and {report.model} has {len(wanted)} of {own_widths}."
-    if differs is not None:
-        (name, count), (own_name, own_count) = differs
-        why = f"It has {name} with {count} sources where {report.model} has {own_name} with {own_count}."
-    raise ArtifactError(
-        explain(f"{path} is the diagnosis of another model", None, why, "Diagnose this one, with the same options.")
-    )
-
-
-def _draw(learnt: "ar.Diagnosis") -> dict[str, str]:
-    """Draw every plot of a diagnosis as SVG text, by its title."""
-    from attnres_rewrite import plots
-
-    with tempfile.TemporaryDirectory() as folder:
-        files = plots.save_plots(learnt, folder, formats=("svg",))
-        return {_title(file.stem): file.read_text(encoding="utf-8") for file in files}
-
-
-def _title(stem: str) -> str:
-    """Name a plot after its file: "encoder.depth_attention" -> "encoder: depth attention"."""
-    stream, _, plot = stem.rpartition(".")
-    words = plot.replace("_", " ")
-    return f"{stream}: {words}" if stream else words.capitalize()
