@@ -502,18 +502,6 @@ def test_what_is_refused(new):
         ar.diagnose(new, [{}])
 
 
-def test_an_attached_model_is_refused_and_the_remedy_works():
-    config = ar.AttnResConfig(num_blocks=2)
-    attached, fresh = gpt(2), gpt(2)
-    ar.attach(attached, config, args=(ids(),))
-    nn.init.normal_(ar.attnres_parameters(attached)[0])
-    with pytest.raises(ar.NotRewrittenError, match=r"with reads that attach\(\) added.*\n.*load_state_dict"):
-        ar.diagnose(attached, [ids()])
-    new = ar.rewrite(fresh, (ids(),), config=config, verify=False)
-    new.load_state_dict(attached.state_dict())
-    assert ar.diagnose(new, [ids()]).streams[0].reads[0].entropy < math.log(2) - 1e-3
-
-
 def test_depth_weights_are_those_of_every_token():
     new = rewritten(gpt(), ids(), num_blocks=2)
     weights = ar.depth_weights(new, ids(3, 4))
