@@ -15,31 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnres_rewrite.colour_schemes import BAND, BLUE, GREEN, GREY, ON_A_PAGE, VERMILION, follow_scheme
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis
 from attnres_rewrite.errors import ArtifactError, MissingPackageError, explain
+from attnres_rewrite.plot_style import BAND, BLUE, GREEN, GREY, ON_A_PAGE, STYLE, VERMILION, follow_scheme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.typing import RcKeyType
 
 WIDTH_IN = 3.4
 FORMATS = ("png", "svg", "pdf")
 MAP = "cividis"
-STYLE: "dict[RcKeyType, Any]" = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "savefig.dpi": 300,
-    "svg.hashsalt": "attnres",  # the same diagnosis gives the same file
-}
 LABELLED_ROWS = 32  # more reads than these are numbered, not named
 LINEAR_COLUMNS = 16  # more sources than these have small weights, for which a linear scale has one colour
 MARKED_BLOCKS = 32  # more blocks than these are not told apart by lines
@@ -300,18 +286,31 @@ def save_plots(
     if not diagnosis.streams:
         raise ValueError("the diagnosis has no figures to plot: no batch was finite")
     require_matplotlib()
-    targets = {
-        Path(folder) / f"{prefix}{plot}.{ending}": (plot, stream, ending)
-        for stream, prefix in enumerate(_prefixes(diagnosis))
-        for plot in PLOTS
-        for ending in from_formats
-    }
+    targets = _targets(diagnosis, folder, from_formats)
     if there := [str(path) for path in targets if path.exists() and not force]:
         raise ArtifactError(explain("a plot exists", there[0], "", "Give another folder, or force=True."))
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, (plot, stream, ending) in targets.items():
         _save(PLOTS[plot](diagnosis, stream), path, ending)
     return tuple(targets)
+
+
+def plot_files(
+    diagnosis: Diagnosis, folder: str | os.PathLike[str], formats: Iterable[str] = ("png", "svg")
+) -> tuple[Path, ...]:
+    """Return the files that `save_plots` writes, whether they are there or not; none without figures."""
+    return tuple(_targets(diagnosis, folder, formats))
+
+
+def _targets(
+    diagnosis: Diagnosis, folder: str | os.PathLike[str], formats: Iterable[str]
+) -> dict[Path, tuple[str, int, str]]:
+    return {
+        Path(folder) / f"{prefix}{plot}.{ending}": (plot, stream, ending)
+        for stream, prefix in enumerate(_prefixes(diagnosis))
+        for plot in PLOTS
+        for ending in formats
+    }
 
 
 def svg_figures(diagnosis: Diagnosis) -> dict[str, str]:
@@ -328,7 +327,7 @@ def svg_figures(diagnosis: Diagnosis) -> dict[str, str]:
     for stream, prefix in enumerate(_prefixes(diagnosis)):
         for plot, draw in PLOTS.items():
             words, text = plot.replace("_", " "), io.StringIO()
-            with rc_context(ON_A_PAGE):  # pyright: ignore[reportArgumentType]
+            with rc_context(ON_A_PAGE):
                 _save(draw(diagnosis, stream), text, "svg")
             figures[f"{prefix[:-1]}: {words}" if prefix else words.capitalize()] = follow_scheme(text.getvalue())
     return figures

@@ -52,7 +52,7 @@ LEVELS = (
         "running_figures",
         "diagnose",
         "plots",
-        "colour_schemes",
+        "plot_style",
         "page",
     },
     {"attachment", "backend", "cli"},
@@ -77,7 +77,7 @@ ONLY_IN = {
     "transformers": {"artifact", "cli"},
     "jinja2": {"page"},
     "networkx": {"passes", "pipeline"},
-    "matplotlib": {"plots", "pipeline"},
+    "matplotlib": {"plots", "plot_style", "pipeline"},
 }
 
 

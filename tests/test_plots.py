@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from attnres_rewrite.colour_schemes import DARK, INK
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import ArtifactError, MissingPackageError
+from attnres_rewrite.plot_style import DARK, INK
 
 np = pytest.importorskip("numpy")
 matplotlib = pytest.importorskip("matplotlib")

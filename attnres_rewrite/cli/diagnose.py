@@ -114,10 +114,7 @@ def diagnose(
             progress=count,
         )
     _warn(diagnosis, batches)
-    target.mkdir(exist_ok=True)
-    written = [diagnosis.save(target / FILE_NAME, force=force)]
-    if diagnosis.streams and not no_plots:
-        written += plots.save_plots(diagnosis, target, force=force)
+    written = _write(diagnosis, target, force, not no_plots)
     if as_json and diagnosis.streams:
         render.facts(diagnosis.to_dict() | {"written": [str(file) for file in written]})
     elif diagnosis.streams:
@@ -127,6 +124,37 @@ def diagnose(
     else:
         why = f"All {diagnosis.num_batches} had a loss or a figure that is not finite; {written[0]} says so."
         raise RewriteError(explain("there is nothing to show: no batch was finite", None, why))
+
+
+def _write(diagnosis: "ar.Diagnosis", target: Path, force: bool, with_plots: bool) -> list[Path]:
+    """Write the record and its plots; plots of the diagnosis that is replaced would pass for those of this one."""
+    from attnres_rewrite import plots
+
+    target.mkdir(exist_ok=True)
+    made = plots.plot_files(diagnosis, target) if with_plots else ()
+    stale = [path for path in _plots_there(target, diagnosis) if path not in made]
+    written = [diagnosis.save(target / FILE_NAME, force=force)]
+    for path in stale:
+        path.unlink()
+    if stale:
+        render.warning(f"removed {render._many(len(stale), 'plot')} of the diagnosis that was in {target}")
+    if made:
+        written += plots.save_plots(diagnosis, target, force=force)
+    return written
+
+
+def _plots_there(target: Path, diagnosis: "ar.Diagnosis") -> list[Path]:
+    """Return the plots that a run wrote to `target` before: what bears such a name without a diagnosis is not ours."""
+    from attnres_rewrite import plots
+
+    if not (target / FILE_NAME).is_file():
+        return []
+    try:
+        before = ar.Diagnosis.load(target / FILE_NAME)
+    except ArtifactError:
+        before = diagnosis  # damaged; names follow from those of the streams, as a rule the same
+    files = {*plots.plot_files(before, target), *plots.plot_files(diagnosis, target)}
+    return sorted(path for path in files if path.is_file())
 
 
 def _check_folder(target: Path, force: bool) -> None:

@@ -17,7 +17,6 @@ import jinja2
 import torch
 from markupsafe import Markup
 
-from attnres_rewrite.colour_schemes import follows_scheme
 from attnres_rewrite.diagnosis import Diagnosis
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.page.choose_layer import choose_layer
@@ -26,6 +25,7 @@ from attnres_rewrite.page.learnt import check_same_network, learnt_terms
 from attnres_rewrite.page.sketch_after import sketch_after
 from attnres_rewrite.page.sketch_before import sketch_before
 from attnres_rewrite.page.svg import draw
+from attnres_rewrite.plot_style import follows_scheme
 from attnres_rewrite.plots import svg_figures
 from attnres_rewrite.report import RewriteReport
 from attnres_rewrite.source_lines import place

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 
 import attnres_rewrite as ar
+from attnres_rewrite import plots
 from tests.networks import gpt, ids
 
 DATA = """
@@ -67,8 +69,8 @@ def test_tables_json_and_plots(cli, saved, folder):
     assert "layers.1.attn" in done.out
     assert "the data talks" in done.err
     names = sorted(path.name for path in (folder / "out").iterdir())
-    plots = ("depth_attention", "entropies", "gradient_norms", "magnitudes")
-    assert names == sorted(["diagnosis.json", *(f"{plot}.{kind}" for plot in plots for kind in ("png", "svg"))])
+    drawn = ("depth_attention", "entropies", "gradient_norms", "magnitudes")
+    assert names == sorted(["diagnosis.json", *(f"{plot}.{kind}" for plot in drawn for kind in ("png", "svg"))])
     assert ar.Diagnosis.load(folder / "out" / "diagnosis.json").num_batches == 3
 
 
@@ -90,6 +92,40 @@ def test_what_is_there_stays(cli, saved, folder):
     assert done.err.startswith("refused: out exists\n  --force replaces it")
     assert cli("diagnose", saved, "-o", "out", "--no-plots", "--force").code == 0
     assert {path.name for path in (folder / "out").iterdir()} == {"thesis.txt", "diagnosis.json"}
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_plots_of_another_diagnosis_go_and_other_files_stay(cli, saved, folder):
+    assert cli("diagnose", saved, "-o", "out").code == 0
+    others = {"depth_attention.pdf", "thesis.png", "encoder.magnitudes.png"}
+    for name in others:
+        (folder / "out" / name).write_text("mine")
+    done = cli("diagnose", saved, "-o", "out", "--no-plots", "--force")
+    assert done.code == 0, done.err
+    assert "removed 8 plots of the diagnosis that was in out" in done.err
+    assert _names(folder / "out") == others | {"diagnosis.json"}
+
+
+def test_plots_of_streams_that_are_no_more_go(cli, saved, folder):
+    assert cli("diagnose", saved, "-o", "out", "--no-plots").code == 0
+    found = ar.Diagnosis.load(folder / "out" / "diagnosis.json")
+    (stream,) = found.streams
+    two = replace(found, streams=(replace(stream, name="encoder"), replace(stream, name="decoder")))
+    two.save(folder / "out" / "diagnosis.json", force=True)
+    plots.save_plots(two, folder / "out")
+    # no batch is finite: nothing is drawn, and nothing old is left
+    assert cli("diagnose", saved, "--data", "data.py:nan", "-o", "out", "--force").code == 1
+    assert _names(folder / "out") == {"diagnosis.json"}
+
+
+def test_names_of_plots_without_a_diagnosis_are_others(cli, saved, folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "magnitudes.png").write_text("mine")
+    assert cli("diagnose", saved, "-o", "out", "--no-plots", "--force").code == 0
+    assert _names(folder / "out") == {"diagnosis.json", "magnitudes.png"}
 
 
 @pytest.mark.parametrize("target", ["none/out", "data.py", "/proc/out"])

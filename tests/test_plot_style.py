@@ -1,12 +1,12 @@
-"""Mirrors attnres_rewrite/colour_schemes.py: what follows the scheme, and that it can be seen."""
+"""Mirrors attnres_rewrite/plot_style.py: what follows the scheme, and that it can be seen."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from attnres_rewrite import colour_schemes
-from attnres_rewrite.colour_schemes import BAND, DARK, INK, follow_scheme, follows_scheme
+from attnres_rewrite import plot_style
+from attnres_rewrite.plot_style import BAND, DARK, INK, follow_scheme, follows_scheme
 
 CARDS = {"light": "#ffffff", "dark": "#1b1f25"}
 
@@ -46,5 +46,5 @@ def test_text_can_be_read_on_a_light_card():
 
 
 def test_the_cards_are_those_of_the_page():
-    style = (Path(colour_schemes.__file__).parent / "page" / "report.css").read_text()
+    style = (Path(plot_style.__file__).parent / "page" / "report.css").read_text()
     assert re.findall(r"--card: (#\w+)", style)[:2] == list(CARDS.values())

@@ -1,4 +1,4 @@
-"""The SVG of a plot -> the same plot in the colours of whoever looks at it, light or dark.
+"""How plots look: on paper, and the SVG of a plot -> the same in the colours of its reader, light or dark.
 
     style="stroke: #0072b2"   ->   style="stroke: var(--c0072b2)", which a <style> of the picture has for both schemes
 
@@ -6,6 +6,24 @@ A picture in a page knows the scheme of the page, so this needs neither a script
 """
 
 import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+STYLE: "dict[RcKeyType, Any]" = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "savefig.dpi": 300,
+    "svg.hashsalt": "attnres",  # the same diagnosis gives the same file
+}
 
 # drawn in this and not in black, which SVG takes for granted and does not write, and which lines on cells keep
 INK = "#1d2126"
@@ -21,7 +39,7 @@ DARK = {
     GREEN: "#2fc79b",
 }
 # parameters of matplotlib, beside which a figure has no background of its own
-ON_A_PAGE = {
+ON_A_PAGE: "dict[RcKeyType, Any]" = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
 }
