@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from attnres_rewrite.baseline import own_values, twin_values
-from attnres_rewrite.batches import Loss, inputs_of, loss_of
+from attnres_rewrite.batches import Loss, inputs_of, loss_of, naming_batch
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.diagnosis import MAX_LISTED, Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import NotRewrittenError, explain
 from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import tensor_of
+from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.mark import Attachment
 from attnres_rewrite.module import Program, RewrittenModule
 from attnres_rewrite.passes.insert_reads import insert_reads
@@ -69,12 +70,10 @@ def diagnose(
         TypeError: A batch has other inputs than the network.
     """
     program = _program_of(new)
-    if isinstance(batches, Tensor | Mapping | str):
-        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
+    _check_arguments(batches, max_batches, loss_fn)
     sides = _sides(new, program, baseline)
-    counted = _run_all(itertools.islice(batches, max_batches), program.original, sides, loss_fn)
+    examples = flat_inputs(program.original, new.example_inputs.args, new.example_inputs.kwargs)
+    counted = _run_all(itertools.islice(batches, max_batches), program.original, sides, loss_fn, examples)
     total = _number_of(batches, max_batches)
     num_batches, nonfinite = 0, 0
     listed: list[int] = []
@@ -127,6 +126,21 @@ def depth_weights(new: RewrittenModule, batch: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         _, weights = module(*inputs_of(batch, program.original).leaves(program.original))
     return dict(zip((name for name, _, _ in reads), weights, strict=True))
+
+
+def _check_arguments(batches: object, max_batches: object, loss_fn: object) -> None:
+    """Refuse what is of a wrong kind; callers are not all type-checked."""
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
+    # a map-style dataset is iterated by its __getitem__
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches is an iterable of batches; got {type(batches).__name__}")
+    if max_batches is not None and (isinstance(max_batches, bool) or not isinstance(max_batches, int)):
+        raise TypeError(f"max_batches={max_batches!r} must be an integer, or None for all batches")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn is called as loss_fn(outputs, batch); got {type(loss_fn).__name__}")
 
 
 def _program_of(new: RewrittenModule) -> Program:
@@ -193,21 +207,34 @@ def _number_of(batches: Iterable[Any], max_batches: int | None) -> int | None:
     return count if max_batches is None else min(count, max_batches)
 
 
-def _run_all(batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None) -> Iterator[bool]:
+def _run_all(
+    batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None, examples: Sequence[Any]
+) -> Iterator[bool]:
     """Run every batch on every side, and say of each whether its figures count."""
-    # not a for loop: its variable would hold a batch while the next is made
-    while (finite := _run_next(batches, graph, sides, loss_fn)) is not None:
+    # not a loop over batches: its variable would hold one while the next is made
+    for number in itertools.count():
+        finite = _run_next(batches, number, graph, sides, loss_fn, examples)
+        if finite is None:
+            return
         yield finite
 
 
-def _run_next(batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None) -> bool | None:
+def _run_next(
+    batches: Iterator[Any],
+    number: int,
+    graph: fx.Graph,
+    sides: Sequence[Side],
+    loss_fn: Loss | None,
+    examples: Sequence[Any],
+) -> bool | None:
     try:
         batch = next(batches)
     except StopIteration:
         return None
     inputs = inputs_of(batch, graph)
     leaves = inputs.leaves(graph)
-    measured = [side.measure(leaves, lambda outputs: loss_of(outputs, batch, inputs, loss_fn)) for side in sides]
+    with naming_batch(number, leaves, examples):
+        measured = [side.measure(leaves, lambda outputs: loss_of(outputs, batch, inputs, loss_fn)) for side in sides]
     finite = all(batch_figures.is_finite for batch_figures in measured)
     if finite:
         for side, batch_figures in zip(sides, measured, strict=True):

@@ -146,7 +146,7 @@ class Diagnosis:
             ArtifactError: The file is no diagnosis, is damaged, or is of another version.
         """
         try:
-            facts = json.loads(Path(path).read_text())
+            facts = json.loads(Path(path).read_text(), parse_constant=_refuse_constant)
         except (OSError, ValueError) as why:
             raise ArtifactError(explain("not a diagnosis", str(path), str(why), "Write one with save().")) from why
         return _from_dict(facts, str(path))
@@ -162,6 +162,10 @@ def _with_lists(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _listed(value: Any) -> Any:
     return [_listed(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON, and no figure of a diagnosis")
 
 
 def _from_dict(facts: Any, where: str) -> Diagnosis:
@@ -205,6 +209,9 @@ def _stream(facts: Mapping[str, Any]) -> StreamDiagnosis:
 
 
 def _read(facts: Mapping[str, Any]) -> ReadDiagnosis:
-    lists = {name: tuple(facts[name]) for name in ("sources", "weights", "spreads")}
-    fields: dict[str, Any] = {**facts, **lists}
+    weights, spreads = (tuple(map(float, facts[name])) for name in ("weights", "spreads"))
+    sources = tuple(facts["sources"])
+    if not len(sources) == len(weights) == len(spreads):
+        raise ValueError(f"{facts['name']} has {len(sources)} sources, {len(weights)} weights, {len(spreads)} spreads")
+    fields: dict[str, Any] = {**facts, "sources": sources, "weights": weights, "spreads": spreads}
     return ReadDiagnosis(**fields)

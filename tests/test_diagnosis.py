@@ -15,6 +15,8 @@ UPDATE = UpdateDiagnosis(1, "layers.0.f", "", 1, None, 0.1, 0.2, None, 1e-12, 0.
 STREAM = StreamDiagnosis("stream", 8, 10, ((1, 1), (2, 2)), 1.0, 1.5, (READ,), (UPDATE, replace(UPDATE, index=2)))
 CONFIG = AttnResConfig(num_blocks=2, gate=True, param_dtype=torch.float32)
 DIAGNOSIS = Diagnosis("Tiny", "eval", 3, 1, (2,), 2.5, "given", 2.75, (STREAM,), CONFIG, "default")
+(STREAM_FACTS,) = DIAGNOSIS.to_dict()["streams"]
+(READ_FACTS,) = STREAM_FACTS["reads"]
 
 
 @pytest.mark.parametrize("one", [DIAGNOSIS, replace(DIAGNOSIS, loss=None, baseline_loss=None, streams=())])
@@ -45,6 +47,8 @@ def test_a_file_is_replaced_when_asked(tmp_path):
         ({"format": "other"}, "not a diagnosis"),
         ({"streams": [{"name": "stream"}]}, "the diagnosis cannot be read"),
         ({"surprise": 1}, "the diagnosis cannot be read"),
+        ({"streams": [STREAM_FACTS | {"reads": [READ_FACTS | {"weights": ["a", "b"]}]}]}, "float: 'a'"),
+        ({"streams": [STREAM_FACTS | {"reads": [READ_FACTS | {"weights": [1.0]}]}]}, "has 2 sources, 1 weights"),
         ({"config": {"surprise": 1}}, "the diagnosis cannot be read"),
         ({"config": {"num_blocks": -1}}, "the diagnosis cannot be read"),
     ],
@@ -62,6 +66,7 @@ def test_a_file_of_format_1_says_neither_config_nor_loss(tmp_path):
 
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "one.json").write_text("{")
-    for name in ("one.json", "none.json"):
+    (tmp_path / "nan.json").write_text(json.dumps(DIAGNOSIS.to_dict() | {"loss": float("nan")}))
+    for name in ("one.json", "nan.json", "none.json"):
         with pytest.raises(ArtifactError, match=f"not a diagnosis, at .*{name}"):
             Diagnosis.load(tmp_path / name)

@@ -5,7 +5,8 @@ The data file is the user's code: its factory returns an iterable of batches, or
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -104,7 +105,7 @@ def diagnose(
     else:
         new.eval()
     given = given or _example_data(new)
-    with render.counting("batches") as count:
+    with render.counting("batches") as count, _blaming_batch(data or model):
         diagnosis = ar.diagnose(
             new,
             _Blamed(given.batches, data or model),
@@ -198,7 +199,10 @@ def _load_data(spec: str) -> _Data:
     names = DATA_FACTORIES if name is None else (name,)
     made: Any = next((getattr(module, found) for found in names if hasattr(module, found)), None)
     if made is None:
-        raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", remedy=RETURNS))
+        defined = load._callables(module)
+        remedy = f"Name one of them, as in {location}:{defined[0]}. {RETURNS}" if defined else RETURNS
+        why = f"It defines {', '.join(defined) or 'no function and no class'}."
+        raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", None, why, remedy))
     if callable(made):
         with load._blaming(f"{spec} raised"):
             made = made()
@@ -251,6 +255,20 @@ class _Blamed:
             yield held.pop()  # nothing here holds a batch while it is used
 
 
+@contextmanager
+def _blaming_batch(spec: str) -> Generator[None]:
+    """Turn what torch raises while a batch is run into a refusal that says which batch, and what is in it."""
+    try:
+        yield
+    except Exception as why:
+        notes: list[str] = getattr(why, "__notes__", [])
+        if shared.exit_code_of(why) is not None or not notes:
+            raise
+        raise ModelSpecError(
+            explain(f"{spec} has a batch that cannot be run", None, load._brief(why), notes[-1])
+        ) from why
+
+
 def _load_twin(path: str) -> Any:
     """Read the values of a twin: a state dict, or the module that a MODEL gives."""
     import safetensors
@@ -258,6 +276,8 @@ def _load_twin(path: str) -> Any:
     import torch
 
     file = Path(path)
+    if not file.exists() and file.suffix in (".safetensors", *_PICKLED):
+        raise ValueError(f"--baseline {path}: there is no file {file}")
     if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
         return load.load(path).model
     try:

@@ -17,6 +17,7 @@ DiagnosisPath = Annotated[
     typer.Option("--diagnosis", metavar="FILE", help="What diagnose wrote for MODEL, diagnosis.json: adds its plots."),
 ]
 PagePath = Annotated[Path | None, typer.Option("-o", metavar="PATH", help="File to write. Default: <name>.html, here.")]
+SUFFIXES = (".html", ".htm")
 ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 
 
@@ -78,12 +79,14 @@ def _check_file(target: Path, force: bool) -> None:
 
     Raises:
         ArtifactError: There is a file already and no `force`, or the folder takes no new file.
-        ValueError: There is no such folder.
+        ValueError: There is no such folder, or the name is not that of a page.
     """
     if not target.parent.is_dir():
         raise ValueError(f"-o {target}: there is no folder {target.parent}")
     if target.is_dir():
         raise ArtifactError(explain(f"{target} is a folder", remedy="-o names the file to write."))
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"-o {target} must end in {' or '.join(SUFFIXES)}: the page is HTML, which a browser prints")
     if target.exists() and not force:
         raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another file."))
     try:
@@ -112,6 +115,10 @@ def _load_diagnosis(path: Path) -> "ar.Diagnosis":
     from attnres_rewrite import plots
 
     plots.require_matplotlib()
+    if path.is_dir():
+        raise ValueError(f"--diagnosis {path} is a folder: give the file in it, {path / 'diagnosis.json'}")
+    if not path.exists():
+        raise ValueError(f"--diagnosis {path}: there is no such file")
     learnt = ar.Diagnosis.load(path)
     if not learnt.streams:
         raise ArtifactError(explain(f"{path} has no figures", None, "No batch of that diagnosis was finite."))

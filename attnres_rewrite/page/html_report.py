@@ -55,7 +55,7 @@ def html_report(
         The text of the page, UTF-8. Everything that comes from the model is escaped.
 
     Raises:
-        TypeError: Neither a report nor a rewritten model.
+        TypeError: Neither a report nor a rewritten model, or no diagnosis.
         ValueError: A figure is no SVG, or the diagnosis has no figures because no batch was finite.
         ArtifactError: The diagnosis is of another network.
         MissingPackageError: There is a diagnosis, and matplotlib is not installed.
@@ -65,6 +65,8 @@ def html_report(
     # callers are not all type-checked
     if not isinstance(report, RewriteReport):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"html_report() takes a RewriteReport or what rewrite() returned, not {type(report).__name__}")
+    if diagnosis is not None and not isinstance(diagnosis, Diagnosis):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"diagnosis is what diagnose() or Diagnosis.load() returned, not {type(diagnosis).__name__}")
     style, script = _shipped("report.css"), _shipped("report.js")
     reasons = Counter(add.reason for add in report.left_alone)
     shown = dict(figures or {})
@@ -145,7 +147,8 @@ def _hash(text: str) -> str:
 
 
 def _picture_data(title: str, svg: str) -> str:
-    if "<svg" not in svg:
+    # callers are not all type-checked
+    if not isinstance(svg, str) or "<svg" not in svg:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"the figure {title!r} is no SVG text: it begins with {svg[:40]!r}")
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 

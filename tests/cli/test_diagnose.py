@@ -40,6 +40,15 @@ def empty():
 def one():
     return batches()[0]
 
+def foreign():
+    return [batches()[0] + 31]
+
+def floats():
+    return [torch.randn(2, 5)]
+
+def long():
+    return [{"ids": batches()[0], "attention_mask": torch.ones(2, 5)}]
+
 def broken():
     yield batches()[0]
     raise OSError("the disk is gone")
@@ -58,6 +67,7 @@ def saved(tmp_path_factory) -> Path:
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.py").write_text(DATA)
+    (tmp_path / "other.py").write_text("def mine(): return []")
     return tmp_path
 
 
@@ -182,6 +192,8 @@ def test_a_twin_stands_beside_it(cli, saved, folder):
     torch.save([1, 2], "list.pt")
     done = cli("diagnose", saved, "--baseline", "list.pt", "--no-plots")
     assert done.err.startswith("refused: --baseline list.pt is no state dict\n  It holds a list.")
+    done = cli("diagnose", saved, "--baseline", "none.pt", "--no-plots")
+    assert done.err.endswith("--baseline none.pt: there is no file none.pt\n")
     assert "--baseline bad.pt cannot be read" in cli("diagnose", saved, "--baseline", "bad.pt", "--no-plots").err
 
 
@@ -211,6 +223,14 @@ def test_nothing_finite_is_written_and_refused(cli, saved, folder):
         ("data.py:nothing", 1, "data.py has no nothing"),
         ("data.py:broken", 1, "OSError: the disk is gone"),
         ("none.py", 2, "there is no file none.py"),
+        (
+            "data.py:foreign",
+            1,
+            "has a batch that cannot be run\n  IndexError: index out of range in self\n  in batch 0, int64",
+        ),
+        ("data.py:floats", 1, "in batch 0, float32 [2, 5]; the network was captured on int64 [2, 5]"),
+        ("data.py:long", 2, "takes ids; got 0 positional and ['ids', 'attention_mask']. Leave out what"),
+        ("other.py", 1, "It defines mine.\n  Name one of them, as in other.py:mine."),
     ],
 )
 def test_data(cli, saved, data, code, says):

@@ -132,6 +132,11 @@ def test_the_plots_of_a_diagnosis(cli, tiny_file, diagnosis, tmp_path):
     assert "of a loss_fn that was given" in page
 
 
+def _add_source(read: dict) -> None:
+    for name, value in (("sources", "block 7"), ("weights", 0.0), ("spreads", 0.0)):
+        read[name].append(value)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -139,7 +144,7 @@ def test_the_plots_of_a_diagnosis(cli, tiny_file, diagnosis, tmp_path):
             lambda stream, config: stream["reads"][0].update(name="layers.9.attn_res.0"),
             "It has layers.9.attn_res.0 with",
         ),
-        (lambda stream, config: stream["reads"][0]["sources"].append("block 7"), "sources where Tiny has"),
+        (lambda stream, config: _add_source(stream["reads"][0]), "sources where Tiny has"),
         (lambda stream, config: stream["reads"].pop(), "reads of widths [8], and Tiny has"),
         (lambda stream, config: stream.update(width=16), "of widths [16], and Tiny has"),
         (lambda stream, config: config.update(output="mean"), "Its reads mix with output=mean"),
@@ -162,6 +167,22 @@ def test_what_is_no_diagnosis_is_refused(cli, tiny_file, tmp_path):
     done = cli("report", tiny_file, "--diagnosis", tiny_file, "-o", tmp_path / "tiny.html")
     assert done.code == 1
     assert "not a diagnosis" in done.err
+
+
+def test_a_diagnosis_that_is_not_there(cli, tiny_file, diagnosis, tmp_path):
+    done = cli("report", tiny_file, "--diagnosis", diagnosis.parent, "-o", tmp_path / "tiny.html")
+    assert done.code == 2
+    assert f"is a folder: give the file in it, {diagnosis}" in done.err
+    done = cli("report", tiny_file, "--diagnosis", "none.json", "-o", tmp_path / "tiny.html")
+    assert done.code == 2
+    assert "--diagnosis none.json: there is no such file" in done.err
+
+
+def test_a_page_is_no_pdf(cli, tiny_file, tmp_path):
+    done = cli("report", tiny_file, "-o", tmp_path / "tiny.pdf")
+    assert done.code == 2
+    assert "must end in .html or .htm" in done.err
+    assert not (tmp_path / "tiny.pdf").exists()
 
 
 def test_what_is_read_is_not_replaced(cli, tiny_file, diagnosis):

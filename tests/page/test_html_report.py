@@ -248,9 +248,16 @@ def test_what_is_no_rewrite_is_refused():
         ar.html_report(gpt())
 
 
+def test_what_is_no_diagnosis_is_refused(report):
+    with pytest.raises(TypeError, match=r"what diagnose\(\) or Diagnosis.load\(\) returned, not dict"):
+        ar.html_report(report, diagnosis={})
+
+
 def test_what_is_no_svg_is_refused(report):
     with pytest.raises(ValueError, match="'map' is no SVG text: it begins with 'PNG'"):
         ar.html_report(report, figures={"map": "PNG"})
+    with pytest.raises(ValueError, match="'map' is no SVG text: it begins with b'<svg'"):
+        ar.html_report(report, figures={"map": b"<svg"})
 
 
 @pytest.mark.parametrize(
