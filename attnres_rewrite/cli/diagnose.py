@@ -204,6 +204,9 @@ def _load_data(spec: str) -> _Data:
         why = f"It defines {', '.join(defined) or 'no function and no class'}."
         raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", None, why, remedy))
     if callable(made):
+        if required := load.required_arguments(made):
+            why = f"The factory wants {', '.join(required)}, and is called without arguments."
+            raise ModelSpecError(explain(f"{spec} gives no batches", None, why, RETURNS))
         with load._blaming(f"{spec} raised"):
             made = made()
     items = cast(tuple[Any, ...], made) if isinstance(made, tuple) else ()

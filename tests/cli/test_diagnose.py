@@ -46,6 +46,9 @@ def foreign():
 def floats():
     return [torch.randn(2, 5)]
 
+def wants(path):
+    return []
+
 def long():
     return [{"ids": batches()[0], "attention_mask": torch.ones(2, 5)}]
 
@@ -230,6 +233,11 @@ def test_nothing_finite_is_written_and_refused(cli, saved, folder):
         ),
         ("data.py:floats", 1, "in batch 0, float32 [2, 5]; the network was captured on int64 [2, 5]"),
         ("data.py:long", 2, "takes ids; got 0 positional and ['ids', 'attention_mask']. Leave out what"),
+        (
+            "data.py:wants",
+            1,
+            "data.py:wants gives no batches\n  The factory wants path, and is called without arguments.",
+        ),
         ("other.py", 1, "It defines mine.\n  Name one of them, as in other.py:mine."),
     ],
 )
