@@ -485,50 +485,6 @@ def test_inputs_that_are_the_stream_themselves():
     assert found.streams[0].root_rms == pytest.approx(rms([batch[0]]))
 
 
-def test_what_is_refused(new):
-    with pytest.raises(ar.NotRewrittenError, match=r"This is a Gpt.*\n.*rewrite\(model, args\)"):
-        ar.diagnose(gpt(), [ids()])
-    with pytest.raises(ar.NotRewrittenError):
-        ar.depth_weights(gpt(), ids())
-    with pytest.raises(ar.NotRewrittenError, match=r"a Sequential around one\.\n.*RewrittenModule itself"):
-        ar.diagnose(nn.Sequential(new), [ids()])
-    with pytest.raises(ValueError, match="there is no batch"):
-        ar.diagnose(new, [])
-    with pytest.raises(ValueError, match="max_batches=0 must be at least 1"):
-        ar.diagnose(new, [ids()], max_batches=0)
-    with pytest.raises(TypeError, match=r"this Tensor is one: give \[batch\]"):
-        ar.diagnose(new, ids())
-    with pytest.raises(TypeError, match="also takes ids"):
-        ar.diagnose(new, [{}])
-    for wrong, says in (
-        ({"batches": None}, "batches is an iterable of batches; got NoneType"),
-        ({"max_batches": 2.0}, "max_batches=2.0 must be an integer"),
-        ({"loss_fn": "cross_entropy"}, r"called as loss_fn\(outputs, batch\); got str"),
-    ):
-        with pytest.raises(TypeError, match=says):
-            ar.diagnose(new, **({"batches": [ids()]} | wrong))
-
-
-def test_a_batch_that_cannot_be_run_is_named(new):
-    with pytest.raises(IndexError, match="out of range") as refused:
-        ar.diagnose(new, [ids(), ids(3, 4) + VOCAB])
-    (note,) = refused.value.__notes__
-    low, high = VOCAB + int(ids(3, 4).min()), VOCAB + int(ids(3, 4).max())
-    assert note.startswith(
-        f"in batch 1, int64 [3, 4] from {low} to {high}; the network was captured on int64 [2, 5] from"
-    )
-
-
-def test_a_dataset_without_an_iterator(new):
-    class MapStyle:
-        def __getitem__(self, index: int) -> Tensor:
-            if index > 1:
-                raise IndexError
-            return ids()
-
-    assert ar.diagnose(new, MapStyle()).num_batches == 2
-
-
 def test_depth_weights_are_those_of_every_token():
     new = rewritten(gpt(), ids(), num_blocks=2)
     weights = ar.depth_weights(new, ids(3, 4))

@@ -116,6 +116,10 @@ def diagnose(
         )
     _warn(diagnosis, batches)
     written = _write(diagnosis, target, force, not no_plots)
+    _show(diagnosis, target, written, as_json)
+
+
+def _show(diagnosis: "ar.Diagnosis", target: Path, written: list[Path], as_json: bool) -> None:
     if as_json and diagnosis.streams:
         render.facts(diagnosis.to_dict() | {"written": [str(file) for file in written]})
     elif diagnosis.streams:
