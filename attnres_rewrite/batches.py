@@ -3,7 +3,8 @@
 A batch is a tensor, a tuple or list of positional inputs, or a mapping of inputs by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from attnres_rewrite.config import dtype_name
 from attnres_rewrite.inputs import flat_inputs
 
 Loss = Callable[[Any, Any], Tensor]
@@ -38,8 +40,9 @@ class Inputs:
             return flat_inputs(graph, self.args, self.kwargs)
         except TypeError as why:
             raise TypeError(
-                f"a batch has other inputs than the network: {why}. What is for the loss alone goes under "
-                f'"{LABELS}" of a mapping of the inputs by name'
+                f"a batch has other inputs than the network: {why}. Leave out what it does not take, or rewrite the "
+                f'model on example inputs that have it; what is for the loss alone goes under "{LABELS}" of a mapping '
+                "of the inputs by name"
             ) from why
 
 
@@ -67,6 +70,28 @@ def inputs_of(batch: Any, graph: fx.Graph) -> Inputs:
 def _names(graph: fx.Graph) -> set[str]:
     info = getattr(graph._codegen, "pytree_info", None)
     return {node.target for node in graph.find_nodes(op="placeholder")} if info is None else set(info.orig_args)
+
+
+@contextmanager
+def naming_batch(number: int, leaves: Sequence[Any], examples: Sequence[Any]) -> Generator[None]:
+    """Note on what the network or the loss raises which batch that was, and what the network was captured on."""
+    try:
+        yield
+    except Exception as why:
+        why.add_note(f"in batch {number}, {_sizes(leaves)}; the network was captured on {_sizes(examples)}")
+        raise
+
+
+def _sizes(leaves: Sequence[Any]) -> str:
+    return " and ".join(_size(leaf) for leaf in leaves if isinstance(leaf, Tensor)) or "no tensors"
+
+
+def _size(value: Tensor) -> str:
+    text = f"{dtype_name(value.dtype)} {list(value.shape)}"
+    # a device that failed answers nothing more
+    if value.dtype not in _INTEGERS or value.device.type != "cpu" or not value.numel():
+        return text
+    return f"{text} from {int(value.min())} to {int(value.max())}"
 
 
 def loss_of(outputs: Any, batch: Any, inputs: Inputs, loss_fn: Loss | None) -> Tensor:

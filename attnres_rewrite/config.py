@@ -1,5 +1,6 @@
 """Every choice of a rewrite and its default, once."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -88,8 +89,8 @@ class AttnResConfig:
             _check_count(name, value)
         _check_choice("output", self.output, OUTPUTS)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if not self.eps > 0:
-            raise ValueError(f"eps={self.eps!r} must be positive: a source may be zero")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps={self.eps!r} must be positive and finite: a source may be zero")
         if self.param_dtype is not None and not self.param_dtype.is_floating_point:
             raise ValueError(f"param_dtype={self.param_dtype} is not a floating-point dtype")
         check_variant(self.num_heads, self.key_rank, self.recency_bias)

@@ -6,18 +6,22 @@ alone. Sums are added up in float64, so that memory does not grow with the numbe
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from attnres_rewrite.baseline import own_values, twin_values
-from attnres_rewrite.batches import Loss, inputs_of, loss_of
+from attnres_rewrite.batches import Loss, inputs_of, loss_of, naming_batch
+from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.diagnosis import MAX_LISTED, Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import NotRewrittenError, explain
 from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import tensor_of
+from attnres_rewrite.inputs import flat_inputs
+from attnres_rewrite.mark import Attachment
 from attnres_rewrite.module import Program, RewrittenModule
 from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.records import BlockPlan, ReadPlan
@@ -66,12 +70,10 @@ def diagnose(
         TypeError: A batch has other inputs than the network.
     """
     program = _program_of(new)
-    if isinstance(batches, Tensor | Mapping | str):
-        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
+    _check_arguments(batches, max_batches, loss_fn)
     sides = _sides(new, program, baseline)
-    counted = _run_all(itertools.islice(batches, max_batches), program.original, sides, loss_fn)
+    examples = flat_inputs(program.original, new.example_inputs.args, new.example_inputs.kwargs)
+    counted = _run_all(itertools.islice(batches, max_batches), program.original, sides, loss_fn, examples)
     total = _number_of(batches, max_batches)
     num_batches, nonfinite = 0, 0
     listed: list[int] = []
@@ -95,6 +97,8 @@ def diagnose(
         baseline="" if baseline is False else "own" if baseline is None else "given",
         baseline_loss=sides[1].mean_loss if any_finite and len(sides) > 1 else None,
         streams=tuple(_stream(index, plan, sides) for index, plan in enumerate(program.plans)) if any_finite else (),
+        config=new.config,
+        loss_kind="default" if loss_fn is None else "given",
     )
 
 
@@ -124,6 +128,21 @@ def depth_weights(new: RewrittenModule, batch: Any) -> dict[str, Tensor]:
     return dict(zip((name for name, _, _ in reads), weights, strict=True))
 
 
+def _check_arguments(batches: object, max_batches: object, loss_fn: object) -> None:
+    """Refuse what is of a wrong kind; callers are not all type-checked."""
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(f"batches is an iterable of batches, and this {type(batches).__name__} is one: give [batch]")
+    # a map-style dataset is iterated by its __getitem__
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches is an iterable of batches; got {type(batches).__name__}")
+    if max_batches is not None and (isinstance(max_batches, bool) or not isinstance(max_batches, int)):
+        raise TypeError(f"max_batches={max_batches!r} must be an integer, or None for all batches")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches={max_batches} must be at least 1, or None for all batches")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn is called as loss_fn(outputs, batch); got {type(loss_fn).__name__}")
+
+
 def _program_of(new: RewrittenModule) -> Program:
     # callers are not all type-checked
     if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -145,14 +164,26 @@ def _what_it_is(other: object) -> tuple[str, str]:
     parts = list(other.modules()) if isinstance(other, nn.Module) else []
     if any(isinstance(part, RewrittenModule) for part in parts):
         return f"This is a {kind} around one.", "Give the RewrittenModule itself: it shares its parameters."
-    if any("attn_res" in part._modules for part in parts):
-        return (
-            f"This is a {kind} with reads that attach() added; they run under torch.compile alone.",
-            "Build the model anew, without attach(), and rewrite it with the same config:  "
-            "new = attnres_rewrite.rewrite(model, args, config=config).  Then  "
-            "new.load_state_dict(attached.state_dict())  and diagnose that.",
-        )
+    for name, part in other.named_modules() if isinstance(other, nn.Module) else ():
+        # its own: what torch.compile returns passes on the attributes of the model in it
+        if facts := vars(part).get("_attnres_facts"):
+            why = f"This is a {kind} with reads that attach() added; they run under torch.compile alone."
+            return why, _recipe(
+                f'model.get_submodule("{name}")' if name else "model", Attachment.from_json(facts).config
+            )
     return f"This is a {kind}.", "Add  new = attnres_rewrite.rewrite(model, args)  and diagnose that."
+
+
+def _recipe(model: str, config: AttnResConfig) -> str:
+    """Spell the code that makes a rewrite with the reads of an attached model."""
+    chosen = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
+    spelled = ", ".join(f"{name}={getattr(config, name)!r}" for name in chosen)
+    return f"""Diagnose a rewrite of its copy, of the same parameters; args and kwargs are example inputs:
+    twin = copy.deepcopy({model})
+    attnres_rewrite.detach(twin)
+    new = attnres_rewrite.rewrite(twin, args, kwargs, attnres_rewrite.AttnResConfig({spelled}))
+    new.load_state_dict({model}.state_dict())
+    diagnosis = attnres_rewrite.diagnose(new.eval(), batches)"""
 
 
 def _sides(new: RewrittenModule, program: Program, baseline: Baseline) -> list[Side]:
@@ -176,21 +207,34 @@ def _number_of(batches: Iterable[Any], max_batches: int | None) -> int | None:
     return count if max_batches is None else min(count, max_batches)
 
 
-def _run_all(batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None) -> Iterator[bool]:
+def _run_all(
+    batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None, examples: Sequence[Any]
+) -> Iterator[bool]:
     """Run every batch on every side, and say of each whether its figures count."""
-    # not a for loop: its variable would hold a batch while the next is made
-    while (finite := _run_next(batches, graph, sides, loss_fn)) is not None:
+    # not a loop over batches: its variable would hold one while the next is made
+    for number in itertools.count():
+        finite = _run_next(batches, number, graph, sides, loss_fn, examples)
+        if finite is None:
+            return
         yield finite
 
 
-def _run_next(batches: Iterator[Any], graph: fx.Graph, sides: Sequence[Side], loss_fn: Loss | None) -> bool | None:
+def _run_next(
+    batches: Iterator[Any],
+    number: int,
+    graph: fx.Graph,
+    sides: Sequence[Side],
+    loss_fn: Loss | None,
+    examples: Sequence[Any],
+) -> bool | None:
     try:
         batch = next(batches)
     except StopIteration:
         return None
     inputs = inputs_of(batch, graph)
     leaves = inputs.leaves(graph)
-    measured = [side.measure(leaves, lambda outputs: loss_of(outputs, batch, inputs, loss_fn)) for side in sides]
+    with naming_batch(number, leaves, examples):
+        measured = [side.measure(leaves, lambda outputs: loss_of(outputs, batch, inputs, loss_fn)) for side in sides]
     finite = all(batch_figures.is_finite for batch_figures in measured)
     if finite:
         for side, batch_figures in zip(sides, measured, strict=True):

@@ -8,14 +8,17 @@ where it was not run.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from attnres_rewrite.config import AttnResConfig, config_from, describe_config
 from attnres_rewrite.errors import ArtifactError, explain
 from attnres_rewrite.sublayers import SublayerKind
 
-FORMAT, FORMAT_VERSION = "attnres-diagnosis", 1
+FORMAT, FORMAT_VERSION = "attnres-diagnosis", 2
+# 1 has neither config nor loss_kind
+READ_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class Diagnosis:
     """A rewritten network on some batches, beside the original where one was run.
 
     loss: mean over the finite batches, each counted once; None, and no streams, when no batch was finite.
+    config, loss_kind: of the network and of the loss; None and "" in a file of format 1, which does not say.
     """
 
     model: str
@@ -98,6 +102,8 @@ class Diagnosis:
     baseline: str  # "" none, "own" the original with this network's parameters, "given" with other values
     baseline_loss: float | None
     streams: tuple[StreamDiagnosis, ...]
+    config: AttnResConfig | None = None
+    loss_kind: str = ""  # "given" by a loss_fn, "default" the outputs' own or the next-token cross-entropy
 
     @property
     def num_tokens(self) -> int:
@@ -107,7 +113,9 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON-ready values, with its format and version."""
         header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        return header | asdict(self, dict_factory=_with_lists) | {"num_tokens": self.num_tokens}
+        config = None if self.config is None else describe_config(self.config)
+        facts = asdict(replace(self, config=None), dict_factory=_with_lists)
+        return header | facts | {"config": config, "num_tokens": self.num_tokens}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> "Diagnosis":
@@ -132,13 +140,13 @@ class Diagnosis:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Diagnosis":
-        """Read what `save` wrote.
+        """Read what `save` wrote, in this release or in one with format 1.
 
         Raises:
             ArtifactError: The file is no diagnosis, is damaged, or is of another version.
         """
         try:
-            facts = json.loads(Path(path).read_text())
+            facts = json.loads(Path(path).read_text(), parse_constant=_refuse_constant)
         except (OSError, ValueError) as why:
             raise ArtifactError(explain("not a diagnosis", str(path), str(why), "Write one with save().")) from why
         return _from_dict(facts, str(path))
@@ -156,13 +164,18 @@ def _listed(value: Any) -> Any:
     return [_listed(entry) for entry in value] if isinstance(value, tuple) else value
 
 
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON, and no figure of a diagnosis")
+
+
 def _from_dict(facts: Any, where: str) -> Diagnosis:
     if not isinstance(facts, Mapping) or facts.get("format") != FORMAT:
         raise ArtifactError(explain("not a diagnosis", where, f'It does not say "format": "{FORMAT}".'))
-    if facts.get("format_version") != FORMAT_VERSION:
+    if facts.get("format_version") not in READ_VERSIONS:
         raise ArtifactError(
             explain(
-                f"the diagnosis has format {facts.get('format_version')}; this release reads {FORMAT_VERSION}",
+                f"the diagnosis has format {facts.get('format_version')}; this release reads "
+                + " and ".join(map(str, READ_VERSIONS)),
                 where,
                 remedy="Use the release that wrote it, or diagnose again.",
             )
@@ -179,6 +192,8 @@ def _diagnosis(facts: Mapping[str, Any]) -> Diagnosis:
     streams = tuple(_stream(stream) for stream in facts["streams"])
     fields: dict[str, Any] = {name: value for name, value in facts.items() if name not in _NOT_FIELDS}
     fields |= {"streams": streams, "nonfinite_batches": tuple(facts["nonfinite_batches"])}
+    if (config := facts.get("config")) is not None:
+        fields["config"] = config_from(config)
     return Diagnosis(**fields)
 
 
@@ -194,6 +209,9 @@ def _stream(facts: Mapping[str, Any]) -> StreamDiagnosis:
 
 
 def _read(facts: Mapping[str, Any]) -> ReadDiagnosis:
-    lists = {name: tuple(facts[name]) for name in ("sources", "weights", "spreads")}
-    fields: dict[str, Any] = {**facts, **lists}
+    weights, spreads = (tuple(map(float, facts[name])) for name in ("weights", "spreads"))
+    sources = tuple(facts["sources"])
+    if not len(sources) == len(weights) == len(spreads):
+        raise ValueError(f"{facts['name']} has {len(sources)} sources, {len(weights)} weights, {len(spreads)} spreads")
+    fields: dict[str, Any] = {**facts, "sources": sources, "weights": weights, "spreads": spreads}
     return ReadDiagnosis(**fields)

@@ -6,6 +6,7 @@ from the palette of Okabe and Ito and have markers of their own.
 """
 
 import importlib
+import io
 import math
 import os
 import re
@@ -16,29 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis
 from attnres_rewrite.errors import ArtifactError, MissingPackageError, explain
+from attnres_rewrite.plot_style import BAND, BLUE, GREEN, GREY, ON_A_PAGE, STYLE, VERMILION, follow_scheme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.typing import RcKeyType
 
 WIDTH_IN = 3.4
 FORMATS = ("png", "svg", "pdf")
 MAP = "cividis"
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
-STYLE: "dict[RcKeyType, Any]" = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "savefig.dpi": 300,
-    "svg.hashsalt": "attnres",  # the same diagnosis gives the same file
-}
 LABELLED_ROWS = 32  # more reads than these are numbered, not named
 LINEAR_COLUMNS = 16  # more sources than these have small weights, for which a linear scale has one colour
 MARKED_BLOCKS = 32  # more blocks than these are not told apart by lines
@@ -59,7 +46,7 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
     """Draw the mean weight of every source at every read (arXiv 2603.15031, figure 8).
 
     Rows are reads, from the first; columns are sources. The last cell of a row is the newest block, its partial sum
-    while it is open. Lines part the blocks. A source that does not exist at a read has no colour.
+    while it is open. Lines part the blocks. A source that does not exist at a read has no colour, and is lined off.
 
     Args:
         diagnosis: Of a run with at least one finite batch.
@@ -88,10 +75,19 @@ def depth_attention(diagnosis: Diagnosis, stream: int = 0) -> "Figure":
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
         bar.set_label("mean weight" if linear else "mean weight, square-root scale")
         _part_blocks(axes, of)
+        # a small weight is nearly as dark as a dark page
+        ends = [len(read.weights) - 0.5 for read in of.reads]
+        axes.stairs(ends, np.arange(-0.5, rows), orientation="horizontal", baseline=None, **_like_the_frame())
         _label_reads(axes, of.reads, named)
         _label_sources(axes, columns)
         _set_title(axes, diagnosis, of, "depth attention")
     return figure
+
+
+def _like_the_frame() -> dict[str, Any]:
+    from matplotlib import rcParams
+
+    return {"color": rcParams["axes.edgecolor"], "linewidth": rcParams["axes.linewidth"]}
 
 
 def _part_blocks(axes: "Axes", of: StreamDiagnosis) -> None:
@@ -242,7 +238,7 @@ def _number_depth(axes: "Axes", last: int) -> None:
 
 def _shade_blocks(axes: "Axes", of: StreamDiagnosis) -> None:
     for first, last in of.blocks[::2] if _are_marked(of) else ():
-        axes.axvspan(first - 0.5, last + 0.5, color="#EEEEEE", linewidth=0, zorder=0)
+        axes.axvspan(first - 0.5, last + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
 def _set_title(axes: "Axes", diagnosis: Diagnosis, of: StreamDiagnosis, what: str) -> None:
@@ -290,18 +286,51 @@ def save_plots(
     if not diagnosis.streams:
         raise ValueError("the diagnosis has no figures to plot: no batch was finite")
     require_matplotlib()
-    targets = {
-        Path(folder) / f"{prefix}{plot}.{ending}": (plot, stream, ending)
-        for stream, prefix in enumerate(_prefixes(diagnosis))
-        for plot in PLOTS
-        for ending in from_formats
-    }
+    targets = _targets(diagnosis, folder, from_formats)
     if there := [str(path) for path in targets if path.exists() and not force]:
         raise ArtifactError(explain("a plot exists", there[0], "", "Give another folder, or force=True."))
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, (plot, stream, ending) in targets.items():
         _save(PLOTS[plot](diagnosis, stream), path, ending)
     return tuple(targets)
+
+
+def plot_files(
+    diagnosis: Diagnosis, folder: str | os.PathLike[str], formats: Iterable[str] = ("png", "svg")
+) -> tuple[Path, ...]:
+    """Return the files that `save_plots` writes, whether they are there or not; none without figures."""
+    return tuple(_targets(diagnosis, folder, formats))
+
+
+def _targets(
+    diagnosis: Diagnosis, folder: str | os.PathLike[str], formats: Iterable[str]
+) -> dict[Path, tuple[str, int, str]]:
+    return {
+        Path(folder) / f"{prefix}{plot}.{ending}": (plot, stream, ending)
+        for stream, prefix in enumerate(_prefixes(diagnosis))
+        for plot in PLOTS
+        for ending in formats
+    }
+
+
+def svg_figures(diagnosis: Diagnosis) -> dict[str, str]:
+    """Draw every plot of every stream for a page: SVG texts by title, in colours that follow a light or dark scheme.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: The diagnosis has no figures.
+    """
+    _stream_of(diagnosis, 0)
+    from matplotlib import rc_context
+
+    figures: dict[str, str] = {}
+    for stream, prefix in enumerate(_prefixes(diagnosis)):
+        for plot, draw in PLOTS.items():
+            words, text = plot.replace("_", " "), io.StringIO()
+            with rc_context(ON_A_PAGE):
+                _save(draw(diagnosis, stream), text, "svg")
+            figures[f"{prefix[:-1]}: {words}" if prefix else words.capitalize()] = follow_scheme(text.getvalue())
+    return figures
 
 
 def _prefixes(diagnosis: Diagnosis) -> list[str]:
@@ -312,7 +341,7 @@ def _prefixes(diagnosis: Diagnosis) -> list[str]:
     return [f"{name}." if unique else f"{name}.{number}." for number, name in enumerate(names, start=1)]
 
 
-def _save(figure: "Figure", path: Path, ending: str) -> None:
+def _save(figure: "Figure", path: Path | io.StringIO, ending: str) -> None:
     from matplotlib import rc_context
 
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from attnres_rewrite.batches import Inputs, inputs_of, loss_of
+from attnres_rewrite.batches import Inputs, inputs_of, loss_of, naming_batch
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 LOGITS = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -108,6 +108,22 @@ def test_a_given_loss_sees_the_batch():
 def test_no_loss_is_refused(outputs, loss_fn, says):
     with pytest.raises(ValueError, match=says):
         loss_of(outputs, None, Inputs((IDS,), {}, None), loss_fn)
+
+
+def test_other_inputs_are_refused_with_what_to_do():
+    inputs = inputs_of({"input_ids": IDS, "attention_mask": IDS}, GRAPH)
+    with pytest.raises(TypeError, match="Leave out what it does not take, or rewrite the model on example inputs that"):
+        inputs.leaves(GRAPH)
+
+
+def test_what_is_raised_gets_a_note_of_the_batch():
+    own = KeyError("x")
+    with pytest.raises(KeyError) as raised, naming_batch(3, [IDS, LOGITS, 2.0], [torch.empty(0, 5)]):
+        raise own
+    assert raised.value is own
+    assert own.__notes__ == [
+        "in batch 3, int64 [2, 3] from 1 to 6 and float32 [2, 3, 7]; the network was captured on float32 [0, 5]"
+    ]
 
 
 def test_labels_that_are_no_tensor_are_not_passed_over_for_the_ids():

@@ -54,6 +54,7 @@ LEVELS = (
         "running_figures",
         "diagnose",
         "plots",
+        "plot_style",
         "page",
     },
     {"attachment", "backend", "cli"},
@@ -78,7 +79,7 @@ ONLY_IN = {
     "transformers": {"artifact", "cli"},
     "jinja2": {"page"},
     "networkx": {"passes", "pipeline"},
-    "matplotlib": {"plots", "pipeline"},
+    "matplotlib": {"plots", "plot_style", "pipeline"},
 }
 
 

@@ -1,6 +1,7 @@
 """Mirrors attnres_rewrite/plots.py: what is drawn, how large, and what is refused."""
 
 import itertools
+import re
 import sys
 from dataclasses import replace
 
@@ -8,10 +9,12 @@ import pytest
 
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import ArtifactError, MissingPackageError
+from attnres_rewrite.plot_style import DARK, INK
 
 np = pytest.importorskip("numpy")
 matplotlib = pytest.importorskip("matplotlib")
 
+from matplotlib.patches import StepPatch  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from attnres_rewrite import plots  # noqa: E402
@@ -83,6 +86,40 @@ def test_files(tmp_path):
         plots.save_plots(diagnosis(4, 2), tmp_path / "new")
     plots.save_plots(diagnosis(4, 2), tmp_path / "new", force=True)
     assert {path: path.read_bytes() for path in made} == before
+
+
+def test_what_exists_is_lined_off_from_the_blank():
+    (steps,) = [
+        patch for patch in plots.depth_attention(diagnosis(6, 3)).axes[0].patches if isinstance(patch, StepPatch)
+    ]
+    assert steps.get_data().values.tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
+    assert steps.get_data().edges.tolist() == [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+def test_figures_for_a_page_follow_its_colours():
+    figures = plots.svg_figures(diagnosis(4, 2))
+    assert list(figures) == ["Depth attention", "Magnitudes", "Gradient norms", "Entropies"]
+    for svg in figures.values():
+        drawing = svg.partition("</style>")[2]
+        assert not re.search("|".join(DARK), drawing)
+        assert f"fill: var(--c{INK[1:]})" in drawing
+        # nothing lies under the figure or its axes
+        assert 'id="patch_1">\n   <path' in drawing
+        assert drawing.partition('id="patch_1"')[2].partition("/>")[0].endswith('style="fill: none"')
+    assert "var(--c0072b2)" in figures["Magnitudes"]
+    assert plots.svg_figures(diagnosis(4, 2)) == figures
+    assert list(plots.svg_figures(diagnosis(4, 2, streams=2)))[3:5] == [
+        "stream.1: entropies",
+        "stream.2: depth attention",
+    ]
+    with pytest.raises(ValueError, match="has figures of 0 streams"):
+        plots.svg_figures(diagnosis(4, 2, streams=0))
+
+
+def test_files_stand_on_white(tmp_path):
+    for path in plots.save_plots(diagnosis(4, 2), tmp_path, formats=("svg",)):
+        assert "var(" not in path.read_text()
+        assert "fill: #ffffff" in path.read_text()
 
 
 def test_streams_have_files_of_their_own(tmp_path):

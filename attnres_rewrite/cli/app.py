@@ -21,7 +21,8 @@ import typer
 
 import attnres_rewrite as ar
 from attnres_rewrite.cli import load, render
-from attnres_rewrite.errors import AlreadyRewrittenError, ArtifactError, ProofError, RewriteError, explain
+from attnres_rewrite.cli.targets import refuse_existing
+from attnres_rewrite.errors import AlreadyRewrittenError, ProofError, RewriteError, explain
 
 MODEL_HELP = (
     "FILE.py[:factory], package.module:factory, a Hugging Face folder, X.pt2, or a saved rewrite. "
@@ -67,7 +68,14 @@ Seq = Annotated[
     int | None,
     typer.Option(min=1, help=f"Sequence length of those inputs. Default {load.SEQ}."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print facts as JSON on stdout, and nothing else.")]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print facts as JSON on stdout, and nothing else. A figure that was not taken is null, one that is not "
+        'finite is text: "NaN", "Infinity" or "-Infinity".',
+    ),
+]
 AllAdds = Annotated[bool, typer.Option("--all-adds", help="List every add that was left alone.")]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Run no proof: the result is unproven.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a rewrite that is there already.")]
@@ -180,7 +188,7 @@ def rewrite(
     config = _config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     _refuse_meta(meta, "rewrite")
     target = path or Path(f"{load.name_of(model)}.attnres")
-    _check_target(target, force)
+    refuse_existing(target, force)
     _refuse_artifact(model)
     found = _load(model, config, meta, batch, seq)
     with render.working("capture") as stage:
@@ -308,14 +316,6 @@ def _refuse_meta(meta: bool, command: str) -> None:
             f"--meta builds tensors without data, so {command} could neither prove nor save anything: "
             "only inspect takes it"
         )
-
-
-def _check_target(target: Path, force: bool) -> None:
-    """Refuse before the work, not after it, what the save would refuse."""
-    if not target.parent.is_dir():
-        raise ValueError(f"-o {target}: there is no folder {target.parent}")
-    if target.exists() and not force:
-        raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another folder."))
 
 
 def _failed(figures: "ar.VerifyReport") -> str:

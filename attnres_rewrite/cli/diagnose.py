@@ -5,7 +5,8 @@ The data file is the user's code: its factory returns an iterable of batches, or
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,6 +17,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import refuse_existing
 from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
 
 DATA_FACTORIES = ("batches", "make_batches", "data", "loader")
@@ -103,7 +105,7 @@ def diagnose(
     else:
         new.eval()
     given = given or _example_data(new)
-    with render.counting("batches") as count:
+    with render.counting("batches") as count, _blaming_batch(data or model):
         diagnosis = ar.diagnose(
             new,
             _Blamed(given.batches, data or model),
@@ -113,10 +115,11 @@ def diagnose(
             progress=count,
         )
     _warn(diagnosis, batches)
-    target.mkdir(exist_ok=True)
-    written = [diagnosis.save(target / FILE_NAME, force=force)]
-    if diagnosis.streams and not no_plots:
-        written += plots.save_plots(diagnosis, target, force=force)
+    written = _write(diagnosis, target, force, not no_plots)
+    _show(diagnosis, target, written, as_json)
+
+
+def _show(diagnosis: "ar.Diagnosis", target: Path, written: list[Path], as_json: bool) -> None:
     if as_json and diagnosis.streams:
         render.facts(diagnosis.to_dict() | {"written": [str(file) for file in written]})
     elif diagnosis.streams:
@@ -128,9 +131,40 @@ def diagnose(
         raise RewriteError(explain("there is nothing to show: no batch was finite", None, why))
 
 
+def _write(diagnosis: "ar.Diagnosis", target: Path, force: bool, with_plots: bool) -> list[Path]:
+    """Write the record and its plots; plots of the diagnosis that is replaced would pass for those of this one."""
+    from attnres_rewrite import plots
+
+    target.mkdir(exist_ok=True)
+    made = plots.plot_files(diagnosis, target) if with_plots else ()
+    stale = [path for path in _plots_there(target, diagnosis) if path not in made]
+    written = [diagnosis.save(target / FILE_NAME, force=force)]
+    for path in stale:
+        path.unlink()
+    if stale:
+        render.warning(f"removed {render._many(len(stale), 'plot')} of the diagnosis that was in {target}")
+    if made:
+        written += plots.save_plots(diagnosis, target, force=force)
+    return written
+
+
+def _plots_there(target: Path, diagnosis: "ar.Diagnosis") -> list[Path]:
+    """Return the plots that a run wrote to `target` before: what bears such a name without a diagnosis is not ours."""
+    from attnres_rewrite import plots
+
+    if not (target / FILE_NAME).is_file():
+        return []
+    try:
+        before = ar.Diagnosis.load(target / FILE_NAME)
+    except ArtifactError:
+        before = diagnosis  # damaged; names follow from those of the streams, as a rule the same
+    files = {*plots.plot_files(before, target), *plots.plot_files(diagnosis, target)}
+    return sorted(path for path in files if path.is_file())
+
+
 def _check_folder(target: Path, force: bool) -> None:
     """Refuse before the work a folder that cannot be written, or is not to be."""
-    shared._check_target(target, force)
+    refuse_existing(target, force)
     if target.exists() and not target.is_dir():
         raise ArtifactError(explain(f"{target} is no folder", remedy="-o names a folder."))
     folder = target if target.exists() else target.parent
@@ -169,8 +203,14 @@ def _load_data(spec: str) -> _Data:
     names = DATA_FACTORIES if name is None else (name,)
     made: Any = next((getattr(module, found) for found in names if hasattr(module, found)), None)
     if made is None:
-        raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", remedy=RETURNS))
+        defined = load._callables(module)
+        remedy = f"Name one of them, as in {location}:{defined[0]}. {RETURNS}" if defined else RETURNS
+        why = f"It defines {', '.join(defined) or 'no function and no class'}."
+        raise ModelSpecError(explain(f"{location} has no {' or '.join(names)}", None, why, remedy))
     if callable(made):
+        if required := load.required_arguments(made):
+            why = f"The factory wants {', '.join(required)}, and is called without arguments."
+            raise ModelSpecError(explain(f"{spec} gives no batches", None, why, RETURNS))
         with load._blaming(f"{spec} raised"):
             made = made()
     items = cast(tuple[Any, ...], made) if isinstance(made, tuple) else ()
@@ -222,6 +262,20 @@ class _Blamed:
             yield held.pop()  # nothing here holds a batch while it is used
 
 
+@contextmanager
+def _blaming_batch(spec: str) -> Generator[None]:
+    """Turn what torch raises while a batch is run into a refusal that says which batch, and what is in it."""
+    try:
+        yield
+    except Exception as why:
+        notes: list[str] = getattr(why, "__notes__", [])
+        if shared.exit_code_of(why) is not None or not notes:
+            raise
+        raise ModelSpecError(
+            explain(f"{spec} has a batch that cannot be run", None, load._brief(why), notes[-1])
+        ) from why
+
+
 def _load_twin(path: str) -> Any:
     """Read the values of a twin: a state dict, or the module that a MODEL gives."""
     import safetensors
@@ -229,6 +283,8 @@ def _load_twin(path: str) -> Any:
     import torch
 
     file = Path(path)
+    if not file.exists() and file.suffix in (".safetensors", *_PICKLED):
+        raise ValueError(f"--baseline {path}: there is no file {file}")
     if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
         return load.load(path).model
     try:

@@ -148,7 +148,8 @@ def _load_factory(spec: str, batch: int | None, seq: int | None) -> Loaded:
     if factory is not None and not factory.isidentifier():
         raise ValueError(f"{spec} does not parse: {factory!r} names no factory. {FORMS}")
     if not is_file and (factory is None or not all(part.isidentifier() for part in location.split("."))):
-        raise ValueError(f"{spec} is no file or folder, and does not parse. {FORMS}")
+        seen = "is a file of another kind" if path.is_file() else "is no file or folder, and does not parse"
+        raise ValueError(f"{spec} {seen}. {FORMS}")
     module = _import_file(path) if is_file else _import_module(location)
     return _from_factory(spec, module, _pick_factory(module, location, factory), batch, seq)
 

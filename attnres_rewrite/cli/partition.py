@@ -1,6 +1,5 @@
 """attnres-rewrite partition: a model -> the stages of a pipeline and their traffic: a table, JSON, a picture."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import model_file, refuse_same_file
 from attnres_rewrite.errors import ArtifactError, explain
 
 Ranks = Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)]
@@ -80,6 +80,7 @@ def partition(
     config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     schedule = pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     placement = ar.placement_for(schedule, virtual)
+    refuse_same_file({"-o": target, "--plot": plot}, {"MODEL": model_file(model)})
     if target is not None:
         _check_file("-o", target, force)
     if microbatches is not None and plot is None:
@@ -102,7 +103,7 @@ def partition(
     figure = None if plot is None else ar.draw_pipeline(plan, schedule, microbatches)
     try:
         if target is not None:
-            target.write_text(json.dumps(facts, indent=2) + "\n")
+            target.write_text(render.json_text(facts) + "\n")
         if plot is not None and figure is not None:
             figure.savefig(plot, dpi=200)
     except OSError as error:

@@ -4,12 +4,13 @@ Names of modules and files are data, and may hold brackets: every console has ma
 """
 
 import json
+import math
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -91,7 +92,22 @@ def warning(text: str) -> None:
 
 def facts(values: dict[str, Any]) -> None:
     """Print facts for a program to read."""
-    print(json.dumps(values, indent=2))
+    print(json_text(values))
+
+
+def json_text(values: dict[str, Any]) -> str:
+    """Write facts as JSON, which has no number that is not finite: those are "NaN", "Infinity" and "-Infinity"."""
+    return json.dumps(_spelled(values), indent=2, allow_nan=False)
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        entries = cast(dict[str, Any], value)
+        return {name: _spelled(entry) for name, entry in entries.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(entry) for entry in cast(Sequence[Any], value)]
+    # null is a figure that was not taken, and this one was; float() and JavaScript's Number() read the spelling
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def error_facts(problem: Exception | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 import attnres_rewrite as ar
 from attnres_rewrite.cli import app as shared
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.targets import model_file, refuse_same_file
 from attnres_rewrite.errors import ArtifactError, explain
 
 DiagnosisPath = Annotated[
@@ -16,6 +17,7 @@ DiagnosisPath = Annotated[
     typer.Option("--diagnosis", metavar="FILE", help="What diagnose wrote for MODEL, diagnosis.json: adds its plots."),
 ]
 PagePath = Annotated[Path | None, typer.Option("-o", metavar="PATH", help="File to write. Default: <name>.html, here.")]
+SUFFIXES = (".html", ".htm")
 ForceFile = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 
 
@@ -56,16 +58,14 @@ def report(
     variant = heads, key_rank, gate, recency_bias
     config = shared._config(blocks, block_size, block_layers, output, schedule, no_key_norm, *variant)
     target = path or Path(f"{load.name_of(model)}.html")
+    refuse_same_file({"-o": target}, {"MODEL": model_file(model), "--diagnosis": diagnosis})
     _check_file(target, force)
     learnt = None if diagnosis is None else _load_diagnosis(diagnosis)
     found = shared._load(model, config, meta, batch, seq)
     with render.working("capture") as stage:
         new = _rewritten(model, found, config, not (no_verify or meta), stage)
-        if learnt is not None:
-            _refuse_other_model(learnt, new.report, str(diagnosis))
         stage("write the page")
-        figures = None if learnt is None else _draw(learnt)
-        target.write_text(ar.html_report(new, figures=figures), encoding="utf-8")
+        target.write_text(ar.html_report(new, diagnosis=learnt), encoding="utf-8")
     if new.report.verify is None:
         render.warning("NOTHING WAS PROVEN: the page says so.")
     if as_json:
@@ -79,12 +79,14 @@ def _check_file(target: Path, force: bool) -> None:
 
     Raises:
         ArtifactError: There is a file already and no `force`, or the folder takes no new file.
-        ValueError: There is no such folder.
+        ValueError: There is no such folder, or the name is not that of a page.
     """
     if not target.parent.is_dir():
         raise ValueError(f"-o {target}: there is no folder {target.parent}")
     if target.is_dir():
         raise ArtifactError(explain(f"{target} is a folder", remedy="-o names the file to write."))
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"-o {target} must end in {' or '.join(SUFFIXES)}: the page is HTML, which a browser prints")
     if target.exists() and not force:
         raise ArtifactError(explain(f"{target} exists", remedy="--force replaces it, -o names another file."))
     try:
@@ -113,40 +115,11 @@ def _load_diagnosis(path: Path) -> "ar.Diagnosis":
     from attnres_rewrite import plots
 
     plots.require_matplotlib()
+    if path.is_dir():
+        raise ValueError(f"--diagnosis {path} is a folder: give the file in it, {path / 'diagnosis.json'}")
+    if not path.exists():
+        raise ValueError(f"--diagnosis {path}: there is no such file")
     learnt = ar.Diagnosis.load(path)
     if not learnt.streams:
         raise ArtifactError(explain(f"{path} has no figures", None, "No batch of that diagnosis was finite."))
     return learnt
-
-
-def _refuse_other_model(learnt: "ar.Diagnosis", report: "ar.RewriteReport", path: str) -> None:
-    """Refuse a diagnosis whose reads are not those of the page: their names, what they mix, or its width."""
-    seen = [(read.name, len(read.sources)) for stream in learnt.streams for read in stream.reads]
-    wanted = [(read.query_name.removesuffix(".query"), read.num_sources) for read in report.reads]
-    widths, own_widths = ([stream.width for stream in of.streams] for of in (learnt, report))
-    if (seen, widths) == (wanted, own_widths):
-        return
-    differs = next((pair for pair in zip(seen, wanted, strict=False) if pair[0] != pair[1]), None)
-    why = f"It has {len(seen)} reads of widths {widths}, and {report.model} has {len(wanted)} of {own_widths}."
-    if differs is not None:
-        (name, count), (own_name, own_count) = differs
-        why = f"It has {name} with {count} sources where {report.model} has {own_name} with {own_count}."
-    raise ArtifactError(
-        explain(f"{path} is the diagnosis of another model", None, why, "Diagnose this one, with the same options.")
-    )
-
-
-def _draw(learnt: "ar.Diagnosis") -> dict[str, str]:
-    """Draw every plot of a diagnosis as SVG text, by its title."""
-    from attnres_rewrite import plots
-
-    with tempfile.TemporaryDirectory() as folder:
-        files = plots.save_plots(learnt, folder, formats=("svg",))
-        return {_title(file.stem): file.read_text(encoding="utf-8") for file in files}
-
-
-def _title(stem: str) -> str:
-    """Name a plot after its file: "encoder.depth_attention" -> "encoder: depth attention"."""
-    stream, _, plot = stem.rpartition(".")
-    words = plot.replace("_", " ")
-    return f"{stream}: {words}" if stream else words.capitalize()

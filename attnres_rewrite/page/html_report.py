@@ -17,12 +17,16 @@ import jinja2
 import torch
 from markupsafe import Markup
 
+from attnres_rewrite.diagnosis import Diagnosis
 from attnres_rewrite.module import RewrittenModule
 from attnres_rewrite.page.choose_layer import choose_layer
 from attnres_rewrite.page.forecast import chosen_bytes, forecast
+from attnres_rewrite.page.learnt import check_same_network, learnt_terms
 from attnres_rewrite.page.sketch_after import sketch_after
 from attnres_rewrite.page.sketch_before import sketch_before
 from attnres_rewrite.page.svg import draw
+from attnres_rewrite.plot_style import follows_scheme
+from attnres_rewrite.plots import svg_figures
 from attnres_rewrite.report import RewriteReport
 from attnres_rewrite.source_lines import place
 from attnres_rewrite.version import __version__
@@ -32,29 +36,43 @@ TOKEN_COUNTS = (1, 4096, 131072)
 ROUNDS_TO_1000 = 999.5
 
 
-def html_report(report_or_model: RewriteReport | RewrittenModule, *, figures: Mapping[str, str] | None = None) -> str:
+def html_report(
+    report_or_model: RewriteReport | RewrittenModule,
+    *,
+    figures: Mapping[str, str] | None = None,
+    diagnosis: Diagnosis | None = None,
+) -> str:
     """Return one self-contained HTML page about a rewrite: what was found, proved, scheduled, and what it costs.
 
     Args:
         report_or_model: What `rewrite` or `load` returned, or a report alone. Only a model has the graphs that
             the picture of a layer and the time of a step are taken from.
         figures: SVG texts by title, shown as "What the network learnt". They are embedded as pictures, so that
-            nothing in them runs or styles the page.
+            nothing in them runs or styles the page. One without colours of its own for a dark page stands on white.
+        diagnosis: Of the same network: its plots, in colours that follow the page, and what was run for them.
 
     Returns:
         The text of the page, UTF-8. Everything that comes from the model is escaped.
 
     Raises:
-        TypeError: Neither a report nor a rewritten model.
-        ValueError: A figure is no SVG.
+        TypeError: Neither a report nor a rewritten model, or no diagnosis.
+        ValueError: A figure is no SVG, or the diagnosis has no figures because no batch was finite.
+        ArtifactError: The diagnosis is of another network.
+        MissingPackageError: There is a diagnosis, and matplotlib is not installed.
     """
     model = report_or_model if isinstance(report_or_model, RewrittenModule) else None
     report = model.report if model is not None else report_or_model
     # callers are not all type-checked
     if not isinstance(report, RewriteReport):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"html_report() takes a RewriteReport or what rewrite() returned, not {type(report).__name__}")
+    if diagnosis is not None and not isinstance(diagnosis, Diagnosis):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"diagnosis is what diagnose() or Diagnosis.load() returned, not {type(diagnosis).__name__}")
     style, script = _shipped("report.css"), _shipped("report.js")
     reasons = Counter(add.reason for add in report.left_alone)
+    shown = dict(figures or {})
+    if diagnosis is not None:
+        shown = svg_figures(diagnosis) | shown
+        check_same_network(diagnosis, report)
     return (
         _environment()
         .from_string(_shipped("report.html.jinja"))
@@ -62,7 +80,8 @@ def html_report(report_or_model: RewriteReport | RewrittenModule, *, figures: Ma
             report=report,
             picture=None if model is None else picture_of(model),
             forecast=forecast(report, model),
-            figures=[(title, _picture_data(title, svg)) for title, svg in (figures or {}).items()],
+            figures=[(title, _picture_data(title, svg), follows_scheme(svg)) for title, svg in shown.items()],
+            learnt=[] if diagnosis is None else learnt_terms(diagnosis),
             reasons=reasons.most_common(),
             versions={"attnres-rewrite": __version__, "torch": torch.__version__, "Python": platform.python_version()},
             token_counts=TOKEN_COUNTS,
@@ -128,7 +147,8 @@ def _hash(text: str) -> str:
 
 
 def _picture_data(title: str, svg: str) -> str:
-    if "<svg" not in svg:
+    # callers are not all type-checked
+    if not isinstance(svg, str) or "<svg" not in svg:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"the figure {title!r} is no SVG text: it begins with {svg[:40]!r}")
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 

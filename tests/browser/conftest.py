@@ -67,8 +67,15 @@ def large_page(tmp_path_factory) -> Path:
     return _written(tmp_path_factory.mktemp("large"), layers=48, verify=False)
 
 
-def _written(folder: Path, layers: int, verify: bool) -> Path:
+@pytest.fixture(scope="session")
+def learnt_page(tmp_path_factory) -> Path:
+    """The page of a rewrite and its diagnosis."""
+    return _written(tmp_path_factory.mktemp("learnt"), layers=4, verify=False, diagnosed=True)
+
+
+def _written(folder: Path, layers: int, verify: bool, diagnosed: bool = False) -> Path:
     new = ar.rewrite(gpt(layers), (ids(),), config=ar.AttnResConfig(num_blocks=8), dynamic_shapes={}, verify=verify)
     path = folder / "report.html"
-    path.write_text(ar.html_report(new), encoding="utf-8")
+    found = ar.diagnose(new.eval(), [ids()]) if diagnosed else None
+    path.write_text(ar.html_report(new, diagnosis=found), encoding="utf-8")
     return path

@@ -1,5 +1,8 @@
 """The report in a real browser: it renders, sorts, searches, and fits."""
 
+import base64
+import io
+
 import pytest
 
 pytestmark = pytest.mark.browser
@@ -159,6 +162,38 @@ def test_text_is_readable_in_light_and_in_dark(browse, small_page, selector):
         assert (bright + 0.05) / (dark + 0.05) >= 4.5, (selector, scheme)
         pages.append(luminance(page))
     assert pages[1] < 0.1 < 0.7 < pages[0]
+
+
+def colours(driver, plot) -> list[tuple[int, str]]:
+    """Return the colours of a picture as it is on the screen, with the number of their pixels, the most first."""
+    from PIL import Image  # comes with matplotlib
+
+    clip = driver.execute_script(
+        """const box = arguments[0].getBoundingClientRect();
+           return {x: box.x + scrollX, y: box.y + scrollY, width: box.width, height: box.height, scale: 1};""",
+        plot,
+    )
+    taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+    image = Image.open(io.BytesIO(base64.b64decode(taken["data"]))).convert("RGB")
+    most = image.getcolors(image.width * image.height)
+    return [(count, f"rgb{colour}") for count, colour in sorted(most, reverse=True)]
+
+
+@pytest.mark.parametrize(("scheme", "media"), [("light", "screen"), ("dark", "screen"), ("dark", "print")])
+def test_plots_have_the_colours_of_the_page(browse, learnt_page, scheme, media):
+    driver = browse(learnt_page)
+    emulate(driver, 1280, scheme, media)
+    plots = driver.find_elements(CSS, ".plot img")
+    assert [plot.get_attribute("alt") for plot in plots] == [
+        "Depth attention", "Magnitudes", "Gradient norms", "Entropies",
+    ]  # fmt: skip
+    for plot in plots:
+        found = [(count, luminance(colour)) for count, colour in colours(driver, plot)]
+        page = found[0][1]
+        assert page < 0.1 if (scheme, media) == ("dark", "screen") else page > 0.9
+        # text and axes, in a colour of many pixels
+        assert max(abs(drawn - page) for count, drawn in found if count > 50) > 0.7
+    assert driver.get_log("browser") == []
 
 
 def test_without_scripts_the_page_is_whole(browse, large_page):

@@ -46,7 +46,11 @@ class Outcome:
 
     @property
     def facts(self) -> dict:
-        return json.loads(self.out)
+        return json.loads(self.out, parse_constant=_no_json)
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @pytest.fixture

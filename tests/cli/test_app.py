@@ -165,6 +165,8 @@ def test_a_failed_proof_shows_its_figures_and_exits_1(cli, library, artifact, fa
     assert done.code == 1
     assert done.facts["error"]["class"] == "ProofError"
     assert done.facts["passed"] is False
+    # JSON has no NaN, and null is a gradient that was not taken
+    assert [proof["output_error"] for proof in done.facts["proofs"]] == [1e-15, "NaN"]
 
 
 def test_a_rewrite_is_not_rewritten(cli, library, artifact):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import safetensors.torch
 import torch
 
 import attnres_rewrite as ar
+from attnres_rewrite import plots
 from tests.networks import gpt, ids
 
 DATA = """
@@ -38,6 +40,18 @@ def empty():
 def one():
     return batches()[0]
 
+def foreign():
+    return [batches()[0] + 31]
+
+def floats():
+    return [torch.randn(2, 5)]
+
+def wants(path):
+    return []
+
+def long():
+    return [{"ids": batches()[0], "attention_mask": torch.ones(2, 5)}]
+
 def broken():
     yield batches()[0]
     raise OSError("the disk is gone")
@@ -56,6 +70,7 @@ def saved(tmp_path_factory) -> Path:
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.py").write_text(DATA)
+    (tmp_path / "other.py").write_text("def mine(): return []")
     return tmp_path
 
 
@@ -67,8 +82,8 @@ def test_tables_json_and_plots(cli, saved, folder):
     assert "layers.1.attn" in done.out
     assert "the data talks" in done.err
     names = sorted(path.name for path in (folder / "out").iterdir())
-    plots = ("depth_attention", "entropies", "gradient_norms", "magnitudes")
-    assert names == sorted(["diagnosis.json", *(f"{plot}.{kind}" for plot in plots for kind in ("png", "svg"))])
+    drawn = ("depth_attention", "entropies", "gradient_norms", "magnitudes")
+    assert names == sorted(["diagnosis.json", *(f"{plot}.{kind}" for plot in drawn for kind in ("png", "svg"))])
     assert ar.Diagnosis.load(folder / "out" / "diagnosis.json").num_batches == 3
 
 
@@ -90,6 +105,40 @@ def test_what_is_there_stays(cli, saved, folder):
     assert done.err.startswith("refused: out exists\n  --force replaces it")
     assert cli("diagnose", saved, "-o", "out", "--no-plots", "--force").code == 0
     assert {path.name for path in (folder / "out").iterdir()} == {"thesis.txt", "diagnosis.json"}
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_plots_of_another_diagnosis_go_and_other_files_stay(cli, saved, folder):
+    assert cli("diagnose", saved, "-o", "out").code == 0
+    others = {"depth_attention.pdf", "thesis.png", "encoder.magnitudes.png"}
+    for name in others:
+        (folder / "out" / name).write_text("mine")
+    done = cli("diagnose", saved, "-o", "out", "--no-plots", "--force")
+    assert done.code == 0, done.err
+    assert "removed 8 plots of the diagnosis that was in out" in done.err
+    assert _names(folder / "out") == others | {"diagnosis.json"}
+
+
+def test_plots_of_streams_that_are_no_more_go(cli, saved, folder):
+    assert cli("diagnose", saved, "-o", "out", "--no-plots").code == 0
+    found = ar.Diagnosis.load(folder / "out" / "diagnosis.json")
+    (stream,) = found.streams
+    two = replace(found, streams=(replace(stream, name="encoder"), replace(stream, name="decoder")))
+    two.save(folder / "out" / "diagnosis.json", force=True)
+    plots.save_plots(two, folder / "out")
+    # no batch is finite: nothing is drawn, and nothing old is left
+    assert cli("diagnose", saved, "--data", "data.py:nan", "-o", "out", "--force").code == 1
+    assert _names(folder / "out") == {"diagnosis.json"}
+
+
+def test_names_of_plots_without_a_diagnosis_are_others(cli, saved, folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "magnitudes.png").write_text("mine")
+    assert cli("diagnose", saved, "-o", "out", "--no-plots", "--force").code == 0
+    assert _names(folder / "out") == {"diagnosis.json", "magnitudes.png"}
 
 
 @pytest.mark.parametrize("target", ["none/out", "data.py", "/proc/out"])
@@ -146,6 +195,8 @@ def test_a_twin_stands_beside_it(cli, saved, folder):
     torch.save([1, 2], "list.pt")
     done = cli("diagnose", saved, "--baseline", "list.pt", "--no-plots")
     assert done.err.startswith("refused: --baseline list.pt is no state dict\n  It holds a list.")
+    done = cli("diagnose", saved, "--baseline", "none.pt", "--no-plots")
+    assert done.err.endswith("--baseline none.pt: there is no file none.pt\n")
     assert "--baseline bad.pt cannot be read" in cli("diagnose", saved, "--baseline", "bad.pt", "--no-plots").err
 
 
@@ -175,6 +226,19 @@ def test_nothing_finite_is_written_and_refused(cli, saved, folder):
         ("data.py:nothing", 1, "data.py has no nothing"),
         ("data.py:broken", 1, "OSError: the disk is gone"),
         ("none.py", 2, "there is no file none.py"),
+        (
+            "data.py:foreign",
+            1,
+            "has a batch that cannot be run\n  IndexError: index out of range in self\n  in batch 0, int64",
+        ),
+        ("data.py:floats", 1, "in batch 0, float32 [2, 5]; the network was captured on int64 [2, 5]"),
+        ("data.py:long", 2, "takes ids; got 0 positional and ['ids', 'attention_mask']. Leave out what"),
+        (
+            "data.py:wants",
+            1,
+            "data.py:wants gives no batches\n  The factory wants path, and is called without arguments.",
+        ),
+        ("other.py", 1, "It defines mine.\n  Name one of them, as in other.py:mine."),
     ],
 )
 def test_data(cli, saved, data, code, says):

@@ -111,6 +111,13 @@ def test_what_does_not_parse_is_a_wrong_argument(spec, tmp_path, monkeypatch):
         load.load(spec)
 
 
+def test_a_file_of_another_kind(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file of another kind\. MODEL is"):
+        load.load(str(path))
+
+
 def test_an_empty_folder(tmp_path):
     with pytest.raises(ModelSpecError, match="holds no model"):
         load.load(str(tmp_path))

@@ -1,9 +1,12 @@
 """attnres-rewrite partition, with the real library."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+
+import attnres_rewrite as ar
 
 GPT = Path(__file__).parents[2] / "examples" / "gpt.py"
 
@@ -22,7 +25,7 @@ def test_facts_and_the_file_are_the_same(cli, tmp_path):
     target = tmp_path / "plan.json"
     done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--blocks", 4, "--mode", "paper", "--json", "-o", target)
     assert done.code == 0
-    facts = json.loads(done.out)
+    facts = done.facts
     assert facts == json.loads(target.read_text())
     assert facts["mode"] == "paper"
     assert facts["traffic"]["exact"]["total_units"] == 4
@@ -30,14 +33,22 @@ def test_facts_and_the_file_are_the_same(cli, tmp_path):
     assert len(facts["stages"]) == 4
 
 
+def test_stages_of_which_nothing_is_counted(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(ar.PipelinePlan, "balance", property(lambda plan: math.nan))
+    target = tmp_path / "plan.json"
+    done = cli("partition", GPT, "--ranks", 2, "--json", "-o", target)
+    assert done.facts["balance"] == "NaN"
+    assert json.loads(target.read_text()) == done.facts
+
+
 def test_a_schedule_chooses_the_placement(cli):
     done = cli("partition", GPT, "--ranks", 2, "--virtual", 2, "--schedule", "ZBVZeroBubble", "--json")
-    assert json.loads(done.out)["placement"] == "v"
+    assert done.facts["placement"] == "v"
 
 
 def test_named_cuts(cli):
     done = cli("partition", GPT, "--ranks", 3, "--cuts", "layers.2,layers.4", "--json")
-    stages = json.loads(done.out)["stages"]
+    stages = done.facts["stages"]
     assert [stage["modules"][0] for stage in stages][1:] == ["layers.2", "layers.4"]
 
 
@@ -90,3 +101,23 @@ def test_a_picture_of_no_known_kind(cli, tmp_path):
     found = cli("partition", GPT, "--ranks", 2, "--plot", tmp_path / "plan.bmp")
     assert found.code == 2
     assert "must end in .svg, .png, .pdf" in found.err
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize(("one", "other"), [("plan.svg", "plan.svg"), ("plan.svg", "folder/../plan.svg")])
+def test_a_plan_and_a_picture_of_one_name(cli, tmp_path, monkeypatch, one, other, force):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    # refused before the model is looked for
+    found = cli("partition", "no_such_model.py", "--ranks", 2, "-o", one, "--plot", other, *force)
+    assert found.code == 2
+    assert f"-o {one} and --plot {other} are one file" in found.err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_model_is_not_replaced(cli, tiny_file):
+    before = tiny_file.read_text()
+    found = cli("partition", tiny_file, "--ranks", 2, "-o", tiny_file, "--force")
+    assert found.code == 2
+    assert "would replace MODEL" in found.err
+    assert tiny_file.read_text() == before

@@ -1,6 +1,7 @@
 """What is printed, and where."""
 
 import io
+import json
 import sys
 import time
 from dataclasses import replace
@@ -110,3 +111,11 @@ def test_a_bar_counts_on_a_terminal_only(monkeypatch, capsys):
         count(3, 7)
         count(4, None)
     assert "4/7" in terminal.getvalue()
+
+
+def test_json_has_no_number_that_is_not_finite(capsys):
+    inf = float("inf")
+    render.facts({"errors": [inf, -inf, float("nan"), 0.5, None], "nested": ({"limit": inf},), "name": "NaN"})
+    facts = {"errors": ["Infinity", "-Infinity", "NaN", 0.5, None], "nested": [{"limit": "Infinity"}], "name": "NaN"}
+    assert json.loads(capsys.readouterr().out, parse_constant=lambda constant: 1 / 0) == facts
+    assert [float(text) for text in facts["errors"][:2]] == [inf, -inf]

@@ -127,25 +127,38 @@ def test_the_plots_of_a_diagnosis(cli, tiny_file, diagnosis, tmp_path):
     for title in ("Depth attention", "Magnitudes", "Gradient norms", "Entropies"):
         assert f'alt="{title}"' in page
     assert page.count('src="data:image/svg+xml;base64,') == 4
+    for term, meaning in (("Mode", "eval"), ("Batches", "1, with 10 tokens"), ("Choices", "num_blocks=2, output=sum")):
+        assert f"<dt>{term}</dt><dd>{meaning}" in page
+    assert "of a loss_fn that was given" in page
+
+
+def _add_source(read: dict) -> None:
+    for name, value in (("sources", "block 7"), ("weights", 0.0), ("spreads", 0.0)):
+        read[name].append(value)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda stream: stream["reads"][0].update(name="layers.9.attn_res.0"), "It has layers.9.attn_res.0 with"),
-        (lambda stream: stream["reads"][0]["sources"].append("block 7"), "sources where Tiny has"),
-        (lambda stream: stream["reads"].pop(), "reads of widths [8], and Tiny has"),
-        (lambda stream: stream.update(width=16), "of widths [16], and Tiny has"),
+        (
+            lambda stream, config: stream["reads"][0].update(name="layers.9.attn_res.0"),
+            "It has layers.9.attn_res.0 with",
+        ),
+        (lambda stream, config: _add_source(stream["reads"][0]), "sources where Tiny has"),
+        (lambda stream, config: stream["reads"].pop(), "reads of widths [8], and Tiny has"),
+        (lambda stream, config: stream.update(width=16), "of widths [16], and Tiny has"),
+        (lambda stream, config: config.update(output="mean"), "Its reads mix with output=mean"),
     ],
 )
 def test_the_diagnosis_of_another_model_is_refused(cli, tiny_file, diagnosis, tmp_path, change, says):
     facts = json.loads(diagnosis.read_text())
-    change(facts["streams"][0])
+    (stream,) = facts["streams"]
+    change(stream, facts["config"])
     diagnosis.write_text(json.dumps(facts))
     target = tmp_path / "tiny.html"
     done = cli("report", tiny_file, "--blocks", 2, "--no-verify", "--diagnosis", diagnosis, "-o", target)
     assert done.code == 1
-    assert "is the diagnosis of another model" in done.err
+    assert "this is the diagnosis of another model" in done.err
     assert says in done.err
     assert not target.exists()
 
@@ -154,3 +167,28 @@ def test_what_is_no_diagnosis_is_refused(cli, tiny_file, tmp_path):
     done = cli("report", tiny_file, "--diagnosis", tiny_file, "-o", tmp_path / "tiny.html")
     assert done.code == 1
     assert "not a diagnosis" in done.err
+
+
+def test_a_diagnosis_that_is_not_there(cli, tiny_file, diagnosis, tmp_path):
+    done = cli("report", tiny_file, "--diagnosis", diagnosis.parent, "-o", tmp_path / "tiny.html")
+    assert done.code == 2
+    assert f"is a folder: give the file in it, {diagnosis}" in done.err
+    done = cli("report", tiny_file, "--diagnosis", "none.json", "-o", tmp_path / "tiny.html")
+    assert done.code == 2
+    assert "--diagnosis none.json: there is no such file" in done.err
+
+
+def test_a_page_is_no_pdf(cli, tiny_file, tmp_path):
+    done = cli("report", tiny_file, "-o", tmp_path / "tiny.pdf")
+    assert done.code == 2
+    assert "must end in .html or .htm" in done.err
+    assert not (tmp_path / "tiny.pdf").exists()
+
+
+def test_what_is_read_is_not_replaced(cli, tiny_file, diagnosis):
+    for target, name in ((tiny_file, "MODEL"), (diagnosis, "--diagnosis")):
+        before = target.read_text()
+        done = cli("report", f"{tiny_file}:build", "--diagnosis", diagnosis, "-o", target, "--force")
+        assert done.code == 2
+        assert f"would replace {name}" in done.err
+        assert target.read_text() == before

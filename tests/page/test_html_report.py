@@ -171,6 +171,30 @@ def test_a_figure_is_a_picture(report):
     assert "What the network learnt" not in Page(ar.html_report(report)).text
 
 
+def test_a_figure_without_colours_for_a_dark_page_stands_on_white(report):
+    adaptive = PLOT.replace("<script>", "<style>@media(prefers-color-scheme:dark){}</style><script>")
+    page = Page(ar.html_report(report, figures={"one": PLOT, "other": adaptive}))
+    assert [figure["class"] for figure in page.all("figure")] == ["plot on-white", "plot"]
+
+
+def test_a_diagnosis_has_its_plots_and_says_how_they_were_made(new):
+    found = ar.diagnose(new.eval(), [ids(), ids()])
+    page = Page(ar.html_report(new, diagnosis=found, figures={"mine": PLOT}))
+    plots = [figure["class"] for figure in page.all("figure") if "plot" in (figure.get("class") or "")]
+    assert plots == ["plot"] * 4 + ["plot on-white"]
+    for line in ("Modeeval", f"Batches2, with {2 * ids().numel()} tokens in the figures", "Choicesnum_blocks=4"):
+        assert line in page.text
+    assert ar.html_report(new, diagnosis=found) == ar.html_report(new, diagnosis=found)
+
+
+def test_a_diagnosis_that_does_not_belong_here(new, report):
+    found = ar.diagnose(new.eval(), [ids()])
+    with pytest.raises(ar.ArtifactError, match="this is the diagnosis of another model"):
+        ar.html_report(report, diagnosis=found)
+    with pytest.raises(ValueError, match="has figures of 0 streams"):
+        ar.html_report(new, diagnosis=replace(found, streams=()))
+
+
 def test_without_proofs_it_says_so(report):
     page = Page(ar.html_report(replace(report, verify=None)))
     assert "Nothing was proven." in page.text
@@ -224,9 +248,16 @@ def test_what_is_no_rewrite_is_refused():
         ar.html_report(gpt())
 
 
+def test_what_is_no_diagnosis_is_refused(report):
+    with pytest.raises(TypeError, match=r"what diagnose\(\) or Diagnosis.load\(\) returned, not dict"):
+        ar.html_report(report, diagnosis={})
+
+
 def test_what_is_no_svg_is_refused(report):
     with pytest.raises(ValueError, match="'map' is no SVG text: it begins with 'PNG'"):
         ar.html_report(report, figures={"map": "PNG"})
+    with pytest.raises(ValueError, match="'map' is no SVG text: it begins with b'<svg'"):
+        ar.html_report(report, figures={"map": b"<svg"})
 
 
 @pytest.mark.parametrize(
