@@ -31,7 +31,7 @@ from attnres_rewrite.model_caches import register_caches
 from attnres_rewrite.model_state import in_mode, plain_tensors_kept
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
-from attnres_rewrite.trace_conditions import conditions_from, input_paths
+from attnres_rewrite.trace_conditions import conditions_from, guards_of_module, input_paths
 
 Progress = Callable[[str], None]
 
@@ -166,8 +166,10 @@ def _from_program(program: ExportedProgram, route: str, start: float) -> Capture
 
 def _from_graph_module(model: fx.GraphModule, start: float) -> Captured:
     gm = _copy_graph_module(model)
+    guards_fn = getattr(model, "_guards_fn", None)
+    guards = [] if guards_fn is None else guards_of_module(guards_fn)
     _drop_torch_guards(gm)
-    _add_input_check(gm)
+    _add_input_check(gm, guards)
     return _of_one_graph(gm, model.training, "torch.fx.GraphModule of ATen calls", start)
 
 

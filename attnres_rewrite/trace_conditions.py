@@ -7,12 +7,14 @@ operator by name and its operands, a size as ("size", number of the tensor, dime
 """
 
 import ast
+import inspect
 import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.errors import CaptureError, explain
@@ -67,7 +69,7 @@ def conditions_from(guards: Sequence[str], paths: Sequence[str], tensors: Sequen
     values do not depend on them.
 
     Args:
-        guards: As torch writes them, "L['ids'].size()[1] <= 64".
+        guards: As torch writes them, "L['ids'].size()[1] <= 64", or with the bare name, "ids.size()[1] <= 64".
         paths: Of each input of the graph, "['ids']".
         tensors: Which of the inputs are tensors; a condition numbers these.
 
@@ -92,6 +94,32 @@ def conditions_from(guards: Sequence[str], paths: Sequence[str], tensors: Sequen
             ) from why
         found.append((text, tree))
     return tuple(found)
+
+
+def guards_of_module(guards_fn: nn.Module) -> list[str]:
+    """Return the guards on sizes that are in the `_guards_fn` of `ExportedProgram.module()`: its function asserts each.
+
+    Raises:
+        CaptureError: It is not the function that torch.export writes.
+    """
+    functions, seen = [guards_fn.forward], set[Callable[..., Any]]()
+    while functions:
+        function = functions.pop()
+        if not inspect.isfunction(function) or function in seen:
+            continue
+        seen.add(function)
+        if function.__code__.co_filename == "<string>":
+            texts = [text for text in function.__code__.co_consts if isinstance(text, str) and ".size()" in text]
+            return [text.removeprefix("Guard failed: ") for text in texts]
+        functions += [cell.cell_contents for cell in function.__closure__ or ()]
+    raise CaptureError(
+        explain(
+            "the graph module has guards of torch.export that cannot be read",
+            None,
+            "It is ExportedProgram.module(), and its _guards_fn is written in another way than this release knows.",
+            "Give the ExportedProgram itself.",
+        )
+    )
 
 
 def _tree(node: ast.AST, paths: Sequence[str], tensors: Sequence[int]) -> Any:
@@ -120,8 +148,9 @@ def _tree(node: ast.AST, paths: Sequence[str], tensors: Sequence[int]) -> Any:
 
 
 def _input_number(source: str, paths: Sequence[str]) -> int:
-    """Return which input a guard calls `source`: L['x']['a'], L['flat_args'][3], L['args'][0] or L['kwargs']['x']."""
-    path = source.removeprefix("L")
+    """Return which input a guard calls `source`: L['x']['a'], L['flat_args'][3], L['args'][0], L['kwargs']['x'], x."""
+    quoted = source if source.startswith("L[") else re.sub(r"^\w+", r"L['\g<0>']", source)
+    path = quoted.removeprefix("L")
     if flat := re.fullmatch(r"\['flat_args'\]\[(\d+)\]", path):
         return int(flat[1])
     # what a signature gathers in *args and **kwargs is an input of its own in the graph

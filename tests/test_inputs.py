@@ -59,6 +59,16 @@ def test_a_length_at_which_the_model_chooses_otherwise_is_refused(tmp_path: Path
         compiled(too_long)
 
 
+def test_the_module_of_a_program_keeps_its_guards() -> None:
+    x, too_long = (torch.randn(2, length, WIDTH) for length in (5, 9))
+    model = Choosing().eval()
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    new = ar.rewrite(torch.export.export(model, (x,), dynamic_shapes=(sizes,)).module(), (x,), verify=False)
+    assert torch.allclose(new(x), model(x))
+    with pytest.raises(ValueError, match=r"captured where x.size\(\)\[1\] <= 8"):
+        new(too_long)
+
+
 def test_a_nan_is_a_constant_too() -> None:
     x = torch.randn(2, 5, WIDTH)
     _, new = rewritten(x, False, None, float("nan"))
