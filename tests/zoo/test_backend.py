@@ -1,6 +1,7 @@
 """The zoo sample through torch.compile(backend="attnres"): what rewrite() computes, outputs and every gradient."""
 
 import copy
+import statistics
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.zoo.torchvision_cure import define_missing_ops
 
 CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
+DRAWS = 5
 # Dynamo makes an instance of an autograd function
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -93,15 +95,30 @@ def _distances(results: tuple[list[Tensor], dict[str, Tensor]], exact: tuple[lis
     return max(outputs, ((found - right).norm() / right.norm()).item())
 
 
+def _draw_reads(model: nn.Module, seed: int) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn_res" in name:
+                parameter.copy_(float(name.endswith("key_norm")) + torch.randn(parameter.shape, generator=noise))
+
+
 @pytest.mark.parametrize("spec", _rewritten("gpt2"))
 def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -> None:
+    """By the median of draws of queries and gains: in one draw, the largest of few roundings is luck."""
     model, exact, inputs = _pair(spec)
     single = pytree.tree_map(lambda value: _cast(value, torch.float32), spec.inputs())
     model.float()
-    eager = ar.rewrite(spec.build().float(), (), single, config=CONFIG, dynamic_shapes={}, verify=False)
-    for twin in (exact, eager):
-        twin.load_state_dict(model.state_dict())
-    right = _results(exact, inputs)
-    rounding = _distances(_results(eager, single), right)
     model.compile(backend="attnres")
-    assert _distances(_results(model, single), right) <= 2 * rounding
+    eager = ar.rewrite(spec.build().float(), (), single, config=CONFIG, dynamic_shapes={}, verify=False)
+    errors, roundings = [], []
+    for seed in range(DRAWS):
+        _draw_reads(model, seed)
+        for twin in (exact, eager):
+            twin.load_state_dict(model.state_dict())
+        for each in (model, exact, eager):
+            each.zero_grad()
+        right = _results(exact, inputs)
+        roundings.append(_distances(_results(eager, single), right))
+        errors.append(_distances(_results(model, single), right))
+    assert statistics.median(errors) <= 2 * statistics.median(roundings), (errors, roundings)
