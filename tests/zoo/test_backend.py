@@ -18,7 +18,7 @@ from tests.zoo.torchvision_cure import define_missing_ops
 
 CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
-DRAWS = 5
+DRAWS = 9
 # Dynamo makes an instance of an autograd function
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
@@ -105,13 +105,13 @@ def _draw_reads(model: nn.Module, seed: int) -> None:
 
 @pytest.mark.parametrize("spec", _rewritten("gpt2"))
 def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -> None:
-    """By the median of draws of queries and gains: in one draw, the largest of few roundings is luck."""
+    """In the mean of draws of queries and gains: in one draw either may have the luck of a few roundings."""
     model, exact, inputs = _pair(spec)
     single = pytree.tree_map(lambda value: _cast(value, torch.float32), spec.inputs())
     model.float()
     model.compile(backend="attnres")
     eager = ar.rewrite(spec.build().float(), (), single, config=CONFIG, dynamic_shapes={}, verify=False)
-    errors, roundings = [], []
+    ratios = []
     for seed in range(DRAWS):
         _draw_reads(model, seed)
         for twin in (exact, eager):
@@ -119,6 +119,6 @@ def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -
         for each in (model, exact, eager):
             each.zero_grad()
         right = _results(exact, inputs)
-        roundings.append(_distances(_results(eager, single), right))
-        errors.append(_distances(_results(model, single), right))
-    assert statistics.median(errors) <= 2 * statistics.median(roundings), (errors, roundings)
+        rounding = _distances(_results(eager, single), right)
+        ratios.append(_distances(_results(model, single), right) / rounding)
+    assert statistics.geometric_mean(ratios) <= 2, ratios
