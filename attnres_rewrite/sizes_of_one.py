@@ -43,7 +43,9 @@ def refuse_other_sizes_of_one(model: nn.Module, captured: Captured, inputs: Exam
         return captured
     notes: dict[str, None] = {}
     seen: list[fx.GraphModule] = []
-    for mode, program in captured.programs.items():
+    # its own mode first: not every module can be put into the other
+    for mode in sorted(captured.programs, key=lambda mode: mode != captured.training):
+        program = captured.programs[mode]
         check = next((node for node in program.graph.nodes if node.target is check_inputs), None)
         if check is None or any(program is other for other in seen):
             continue
