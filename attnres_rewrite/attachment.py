@@ -151,6 +151,8 @@ def _refuse_changed_class(part: Attached) -> None:
 def original(model: nn.Module) -> Generator[None]:
     """Run an attached model as the network it was, without its reads, compiled or not, for the length of a `with`.
 
+    It is the model that is switched, so every thread that calls it meanwhile runs the original.
+
     Args:
         model: An attached model, or a module that holds one; the one inside is what is run.
 
