@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
-from torch.utils import _pytree as pytree
+from torch.fx.node import map_aggregate
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnres_rewrite.errors import CaptureError, explain
@@ -36,6 +36,8 @@ _KEPT_META = frozenset(
 )
 # of the activation checkpoints that were opened up: the partitioner keeps different ones apart
 _checkpoints = itertools.count(1 << 20)
+# the calls between which Dynamo writes what torch.vmap and torch.func.grad do
+_BEGINS, _ENDS = "_increment_nesting", "_decrement_nesting"
 _OF_MODULE = re.compile(r"(\._parameters\[|\._buffers\[)[^]]*\]$")
 
 
@@ -135,16 +137,20 @@ class _Tracing(fx.Interpreter):
     """Runs a graph for make_fx; knows what make_fx does not.
 
     A torch.autograd.Function has a backward of its own: its call is kept whole. An activation checkpoint is opened up,
-    because the stream runs through it, and its calls are tagged as AOTAutograd tags them.
+    because the stream runs through it, and its calls are tagged as AOTAutograd tags them. Calls under torch.vmap or
+    torch.func.grad have values of another kind: they are copied as they are, and traced by AOTAutograd.
     """
 
     def __init__(self, module: fx.GraphModule, checkpoint: int | None = None) -> None:
         super().__init__(module)
         self.checkpoint = checkpoint
+        self.transformed = frozenset(_transformed(module.graph))
 
     def run_node(self, n: fx.Node) -> Any:
         if self.checkpoint is not None and n.op in ("call_function", "call_method"):
             n.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": self.checkpoint}
+        if n in self.transformed:
+            return self._written(n)
         if n.target is torch.ops.higher_order.autograd_function_apply:
             return self._kept(n)
         if n.target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -166,17 +172,38 @@ class _Tracing(fx.Interpreter):
         return _Tracing(body, next(_checkpoints)).run(*args)
 
     def _kept(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        mode = get_proxy_mode()
-        assert mode is not None
-        tracer = mode.tracer
+        args, _ = self.fetch_args_kwargs_from_env(n)
         for number, body in enumerate(value for value in args if isinstance(value, nn.Module)):
-            tracer.root.register_module(f"{n.name}_body_{number}", body)
-        proxies = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
+            _tracer().root.register_module(f"{n.name}_body_{number}", body)
+        return self._written(n)
+
+    def _written(self, n: fx.Node) -> Any:
+        """Write a call down as it is; what it returns is known already."""
+        tracer = _tracer()
+        given = map_aggregate(self.fetch_args_kwargs_from_env(n), tracer.unwrap_proxy)
         with traceback.set_current_meta(n):
-            proxy = tracer.create_proxy("call_function", n.target, *proxies)
+            proxy = tracer.create_proxy(n.op, n.target, *given)
+        if n in self.transformed and all(user in self.transformed for user in n.users):
+            return proxy
         result = n.meta["example_value"] if "example_value" in n.meta else n.meta["val"]
         return track_tensor_tree(result, proxy, constant=None, tracer=tracer)
+
+
+def _tracer() -> Any:
+    mode = get_proxy_mode()
+    assert mode is not None
+    return mode.tracer
+
+
+def _transformed(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the nodes under torch.vmap or torch.func.grad, with the calls that begin and end them."""
+    depth = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith(_BEGINS)
+        if depth:
+            yield node
+        depth -= name.endswith(_ENDS)
 
 
 def _is_data(value: Any) -> bool:

@@ -111,6 +111,33 @@ def test_an_autograd_function_keeps_its_backward():
     torch.testing.assert_close(found, x.grad)
 
 
+def by_vmap(x):
+    return torch.vmap(lambda row: row.cumsum(0) * row.sum())(x)
+
+
+def by_vmap_of_vmap(x):
+    return torch.vmap(torch.vmap(lambda one, other: one * other, in_dims=(0, None)))(x, x.sum(1))
+
+
+def by_grad(x):
+    return torch.func.grad(lambda y: (y**3).sum() + y.exp().sum())(x)
+
+
+@pytest.mark.parametrize("transformed", [by_vmap, by_vmap_of_vmap, by_grad])
+def test_what_is_under_a_function_transform_stays_as_it_is(transformed):
+    model, x = Small().eval(), torch.randn(2, 4, requires_grad=True)
+
+    def network(x):
+        return (model(transformed(model(x))) * transformed(x)).sum()
+
+    gm, inputs = dynamo_graph(network, x)
+    to_dynamo(to_training_ir(gm, {}), gm)
+    compiled = torch._dynamo.lookup_backend("aot_eager")(gm, list(inputs))
+    (found,) = torch.autograd.grad(compiled(*inputs)[0], x)
+    (wanted,) = torch.autograd.grad(network(x), x)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_an_activation_checkpoint_is_opened_and_tagged():
     model, x = Small().eval(), torch.randn(2, 4)
     gm, _ = dynamo_graph(lambda x: checkpoint(model, checkpoint(model, x, use_reentrant=False), use_reentrant=False), x)

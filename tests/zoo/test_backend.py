@@ -20,7 +20,16 @@ CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
 DRAWS = 9
 # Dynamo makes an instance of an autograd function
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    # Mamba layers ask for torch's version
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+]
+# models that torch.compile itself cannot run in float64, and what it says of them
+NOT_COMPILED = {
+    "xglm": "value cannot be converted to type float without overflow",
+    "qwen3_next": "view size is not compatible with input tensor's size and stride",
+}
 
 
 # what Dynamo writes in its own way: parallel adds, softcaps, experts, an autograd function, two streams, in-place adds
@@ -75,6 +84,10 @@ def _pair(spec: Spec) -> tuple[nn.Module, ar.RewrittenModule, dict[str, Any]]:
 @pytest.mark.parametrize("spec", _rewritten(DEFAULT_RUN))
 def test_the_backend_computes_what_rewrite_does(spec: Spec) -> None:
     model, twin, inputs = _pair(spec)
+    if spec.name in NOT_COMPILED:
+        with ar.original(model), pytest.raises(RuntimeError, match=NOT_COMPILED[spec.name]):
+            _results(torch.compile(model, backend="aot_eager"), inputs)
+        pytest.skip(f"torch.compile cannot run the original: {NOT_COMPILED[spec.name]}")
     model.compile(backend="attnres", options={"backend": "aot_eager"})
     outputs, gradients = _results(model, inputs)
     wanted, wanted_gradients = _results(twin, inputs)
@@ -96,11 +109,15 @@ def _distances(results: tuple[list[Tensor], dict[str, Tensor]], exact: tuple[lis
 
 
 def _draw_reads(model: nn.Module, seed: int) -> None:
+    """Draw queries whose logits are about one: larger ones make a network whose rounding errors grow without bound."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "attn_res" in name:
-                parameter.copy_(float(name.endswith("key_norm")) + torch.randn(parameter.shape, generator=noise))
+            drawn = torch.randn(parameter.shape, generator=noise)
+            if name.endswith("key_norm"):
+                parameter.copy_(1 + 0.5 * drawn)
+            elif "attn_res" in name:
+                parameter.copy_(drawn / parameter.numel() ** 0.5)
 
 
 @pytest.mark.parametrize("spec", _rewritten("gpt2"))
