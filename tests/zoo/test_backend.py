@@ -25,7 +25,7 @@ pytestmark = [
     # Mamba layers ask for torch's version
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
 ]
-# models that torch.compile itself cannot run in float64, and what it says of them
+# models that torch.compile with aot_eager cannot run in float64, and what it says of them
 NOT_COMPILED = {
     "xglm": "value cannot be converted to type float without overflow",
     "qwen3_next": "view size is not compatible with input tensor's size and stride",
@@ -124,6 +124,10 @@ def _draw_reads(model: nn.Module, seed: int) -> None:
 def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -> None:
     """In the mean of draws of queries and gains: in one draw either may have the luck of a few roundings."""
     model, exact, inputs = _pair(spec)
+    if spec.name == "xglm":
+        with pytest.raises(RuntimeError, match=NOT_COMPILED["xglm"]):
+            _results(exact, inputs)
+        pytest.skip("the original does not run in float64, compiled or not")
     single = pytree.tree_map(lambda value: _cast(value, torch.float32), spec.inputs())
     model.float()
     model.compile(backend="attnres")
