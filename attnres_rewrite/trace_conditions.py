@@ -143,6 +143,8 @@ def _tree(node: ast.AST, paths: Sequence[str], tensors: Sequence[int]) -> Any:
             return (_SIGNS[type(sign)], *inner(left, right))
         case ast.Call(func=ast.Name(id="min" | "max" as name), args=args):
             return (name, *inner(*args))
+        case ast.Call(func=ast.Attribute(ast.Name("torch"), "sym_min" | "sym_max" as name), args=args):
+            return (name.removeprefix("sym_"), *inner(*args))
         case _:
             raise ValueError(ast.unparse(node))
 

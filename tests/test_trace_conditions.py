@@ -20,6 +20,7 @@ GUARDS = {
     "L['x'].size()[1] == (2*L['batch']['ids'].size()[1])": True,
     "L['rest'][0].size()[0] - 1 < 4 or L['x'].size()[0]//2 == 1": True,
     "not max(L['flat_args'][3].size()[0], 3) > 4": False,
+    "torch.sym_max(1, L['x'].size()[1] // 2) == 3*torch.sym_min(1, L['x'].size()[0])": True,
     "L['kwargs']['x'].size()[0]**2 == 4 and -L['x'].size()[0] > 0": False,
 }
 

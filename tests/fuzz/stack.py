@@ -47,7 +47,8 @@ class Spellings:
     """Hands out the spellings of a spec in turn, one to each add."""
 
     def __init__(self, spec: NetworkSpec) -> None:
-        self.cycle, self.used = spec.spellings, 0
+        # a spec that is made smaller may have none
+        self.cycle, self.used = spec.spellings or ("x + f",), 0
 
     def next_add(self) -> Add:
         self.used += 1
