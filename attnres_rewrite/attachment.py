@@ -27,6 +27,7 @@ from attnres_rewrite.config import AttnResConfig, check_config, config_from, des
 from attnres_rewrite.errors import ArtifactError, NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 from attnres_rewrite.inputs import check_inputs_given
+from attnres_rewrite.kernels.routes import is_exporting
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters, refuse_taken_names
 from attnres_rewrite.read_parameters import attnres_parameters, holds_attnres_parameters, load_attnres_parameters
@@ -297,7 +298,7 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         raise NotCompiledError(
             "an attached model is not exported: its forward is still the original's\n"
             "  keep its state_dict(), detach() it, rewrite() it, load the state dict into the result, and export that; "

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from attnres_rewrite.errors import CaptureError, explain
 from attnres_rewrite.fxgraph import place_of
+from attnres_rewrite.kernels.routes import compiling
 
 # what later compilers read; the rest is made anew by them
 _KEPT_META = frozenset(
@@ -92,7 +93,8 @@ def to_dynamo(traced: TracedProgram, gm: fx.GraphModule) -> None:
             traced.module.graph.erase_node(node)
     traced.module.recompile()
     given = _placeholders(gm.graph)
-    lowered = _traced(traced.module, [node.meta["example_value"] for node in given])
+    with compiling():
+        lowered = _traced(traced.module, [node.meta["example_value"] for node in given])
     _make_mixes_again(lowered.graph)
     for old, new in zip(given, _placeholders(lowered.graph), strict=True):
         new.meta = old.meta

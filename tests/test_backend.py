@@ -95,6 +95,9 @@ class TestItComputesTheRewrite:
         config = ar.AttnResConfig(num_heads=4, gate=True, recency_bias=1.0)
         assert_same(*attached(small(depth=1), config, backend="attnres"), rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.skipif(
+        torch.__version__ < (2, 12), reason="Inductor of torch 2.11 has no attention in float64 on a CPU"
+    )
     def test_through_inductor(self):
         assert_same(*attached(small(depth=1), backend="attnres"), rtol=1e-10, atol=1e-10)
 

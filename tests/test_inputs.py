@@ -55,7 +55,8 @@ def test_a_length_at_which_the_model_chooses_otherwise_is_refused(tmp_path: Path
             same(too_long)
     compiled = torch.compile(new, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(longer), model(longer))
-    with pytest.raises(Exception, match=r"captured where x.size\(\)\[1\] <= 8"):
+    # torch 2.11 shows the parts of the message
+    with pytest.raises(Exception, match=r"captured where .*x.size\(\)\[1\] <= 8"):
         compiled(too_long)
 
 

@@ -7,7 +7,8 @@ counted, and warned of once where it is on a GPU.
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -21,6 +22,7 @@ from attnres_rewrite.kernels.cpu_library import prepare
 _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _HAS_TRITON = find_spec("triton") is not None
 _counts: Counter[str] = Counter()
+_is_backend_tracing = False
 
 
 def launches() -> Mapping[str, int]:
@@ -74,14 +76,39 @@ def _count_plain(operation: str, reason: str, tensor: Tensor) -> None:
             _warn_once(operation, reason)
 
 
+def is_exporting() -> bool:
+    """Say whether torch.export traces; asked directly, Dynamo of torch 2.11 says so in torch.compile as well."""
+    return torch.compiler.is_exporting()
+
+
+# as cpu_library.prepare is
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def compiling() -> Generator[None]:
+    """Have operations become kernels while a Dynamo backend traces them; torch 2.11 does not tell backends of it."""
+    global _is_backend_tracing
+    before, _is_backend_tracing = _is_backend_tracing, True
+    try:
+        yield
+    finally:
+        _is_backend_tracing = before
+
+
+def _is_compiling() -> bool:
+    # in this order Dynamo never looks at, and guards, the second
+    return torch.compiler.is_compiling() or _is_backend_tracing
+
+
 def _is_traced(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return _is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def why_not_kernel(tensors: Sequence[Tensor], update: Tensor | None = None) -> str | None:
     """Return why the kernels cannot take these tensors [..., D], or None."""
     first = tensors[0]
-    if first.device.type == "cpu" and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+    if first.device.type == "cpu" and (not _is_compiling() or is_exporting()):
         return "cpu"
     reason = why_no_kernel(first.device, first.dtype, len(tensors), first.shape[-1])
     if reason is not None:

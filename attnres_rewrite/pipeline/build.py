@@ -16,7 +16,7 @@ from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.pipeline import Pipeline, TiedParameter, model_name
 from attnres_rewrite.pipeline.plan import PipelinePlan
 from attnres_rewrite.pipeline.planner import plan_routes
-from attnres_rewrite.pipeline.schedules import ScheduleFacts, facts_of, placement_for
+from attnres_rewrite.pipeline.schedules import SPLITS_SINCE, ScheduleFacts, facts_of, placement_for, runs_here
 from attnres_rewrite.pipeline.split_backward import join_parameters
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, StageModule, by_position
 
@@ -49,8 +49,8 @@ def build_pipeline(
         wrap: Applied to the module of each stage: torch.compile, DistributedDataParallel or fully_shard.
 
     Raises:
-        ValueError: The schedule does not fit the plan or the microbatches, the group has another number of processes,
-            or the model has no weights.
+        ValueError: The schedule does not fit the plan, the microbatches or the version of torch, the group has another
+            number of processes, or the model has no weights.
         PartitionError: The model returns something that is not a tensor, or another rank builds something else.
     """
     facts = _checked(plan, schedule, n_microbatches, loss_fn, group)
@@ -114,6 +114,11 @@ def _checked(
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
     facts = facts_of(schedule)
+    if not runs_here(schedule):
+        raise ValueError(
+            f"{schedule} needs torch {'.'.join(map(str, SPLITS_SINCE))} or newer, and this is {torch.__version__}: "
+            "older ones give wrong gradients where they split a backward. 1F1B and Interleaved1F1B run on every version"
+        )
     if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
         raise ValueError("the model is on the meta device: give it its weights, and partition it then")
     if n_microbatches < 1:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from attnres_rewrite.pipeline.planner import Placement
 
 
@@ -23,6 +25,14 @@ SCHEDULES = {
     "ZBVZeroBubble": ScheduleFacts("v", 2, splits_backward=True),
     "DualPipeV": ScheduleFacts("v", 2, splits_backward=True),
 }
+
+# older ones add up the gradients of all outputs of an operation, and fail where a stage returns one without a gradient
+SPLITS_SINCE = (2, 13)
+
+
+def runs_here(schedule: str) -> bool:
+    """Say whether this version of torch runs a schedule right: a split backward needs `SPLITS_SINCE`."""
+    return not facts_of(schedule).splits_backward or torch.__version__ >= SPLITS_SINCE
 
 
 def facts_of(schedule: str) -> ScheduleFacts:

@@ -179,6 +179,14 @@ class BlockCacheStage(PipelineStage):
         self._leaves: dict[int, tuple[Tensor, ...]] = {}
         self._unsent: dict[int, dict[str, Tensor]] = {}  # for each microbatch, with the graph that made it
 
+    def _prepare_backward_infra(self, num_microbatches: int, *rest: Any, **options: Any) -> Any:
+        """Have what is received require a gradient: torch 2.11 does not after an evaluation that came first."""
+        for infos in self.args_recv_info.values() if not self.is_first else ():
+            for name, info in zip(self.routes.received, infos, strict=True):
+                if name in self._trainable:
+                    info.buffer.requires_grad_()
+        return super()._prepare_backward_infra(num_microbatches, *rest, **options)
+
     def forward_one_chunk(self, fwd_chunk_id: int, args: Any, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
         """Take the stored values along as a keyword input."""
         self._forward_microbatch = fwd_chunk_id

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import attnres_rewrite as ar
+from attnres_rewrite.pipeline.schedules import runs_here
 from tests.networks import VOCAB
 from tests.pipeline.networks import BATCH, LENGTH, inputs_of, rewritten
 from tests.pipeline.test_build import loss_of
@@ -68,7 +69,7 @@ def difference(pipeline: ar.Pipeline, ids, targets) -> float:
 
 
 def compare_all(cases: list[tuple[str, str]]) -> None:
-    for case in cases:
+    for case in filter(lambda case: runs_here(case[1]), cases):
         worst = compare(*case)
         assert worst < 1e-12, (case, worst)
 
