@@ -40,6 +40,7 @@ from attnres_rewrite.pipeline.saved_plan import load_plan
 from attnres_rewrite.pipeline.schedules import placement_for
 from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.report import RewriteReport, VerifyReport
+from attnres_rewrite.unflatten import unflatten
 from attnres_rewrite.version import __version__
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ __all__ = [
     "rewrite",
     "save",
     "stats",
+    "unflatten",
     "verify",
 ]
 

@@ -323,10 +323,10 @@ def _parameter(model: nn.Module, name: str) -> torch.Tensor:
     module, _, kind = name.rpartition(".")
     try:
         return getattr(model.get_submodule(module), kind)
-    except AttributeError as error:
-        raise NotAttachedError(
-            f"the model lost {name}; detach() and attach() make it anew, with zero queries"
-        ) from error
+    except AttributeError:
+        # raised below: in an except it gets a context, which Dynamo of torch 2.11 cannot trace
+        pass
+    raise NotAttachedError(f"the model lost {name}; detach() and attach() make it anew, with zero queries")
 
 
 def _rebuilt(base: type[nn.Module]) -> nn.Module:

@@ -17,9 +17,9 @@ from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.module import Program, RewrittenModule
 
 
-def program_with_values(new: RewrittenModule) -> Program:
-    """Return the program of the mode `new` is in, in whose original graph every tensor has its `meta["val"]`."""
-    program = new.programs[new.training]
+def program_with_values(new: RewrittenModule, training: bool | None = None) -> Program:
+    """Return the program of a mode, None for that of `new`, in whose original graph every tensor has `meta["val"]`."""
+    program = new.programs[new.training if training is None else training]
     if all(tensor_of(plan.stream.root) is not None for plan in program.plans):
         return program
     graph, copies = copy_graph(program.original)

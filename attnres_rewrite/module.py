@@ -1,4 +1,4 @@
-"""RewrittenModule: the result of a rewrite, one fx.GraphModule with a graph for each mode.
+"""RewrittenModule: the result of a rewrite, a ModalModule: one fx.GraphModule with a graph for each mode.
 
 `.train()` and `.eval()` switch the graph, as dropout and stochastic depth are part of a captured graph. Both
 graphs read one tree of parameters. Their forwards are generated once, so that torch.compile sees two
@@ -8,7 +8,7 @@ functions and keeps a compilation of each.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
@@ -40,7 +40,81 @@ class ExampleInputs:
     kwargs: dict[str, Any]
 
 
-class RewrittenModule(fx.GraphModule):
+class ModalModule(fx.GraphModule):
+    """A GraphModule with a graph for each mode, all on one tree of parameters; its class name is given.
+
+    Attributes:
+        graphs: By training flag.
+    """
+
+    graphs: dict[bool, fx.Graph]
+
+    def __init__(self, tree: nn.Module, graphs: Mapping[bool, fx.Graph], training: bool, class_name: str) -> None:
+        """Share the parameters, buffers and submodules of `tree`."""
+        super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
+        adopt_tree(self, tree)
+        self.graphs = dict(graphs)
+        self._forwards: dict[bool, dict[str, Any]] = {}
+        for mode, graph in self.graphs.items():
+            twin = not mode
+            if twin in self._forwards and self.graphs[twin] is graph:
+                self._forwards[mode] = self._forwards[twin]
+                continue
+            self.graph = graph
+            give_constants_as_defaults(type(self).forward, graph)
+            kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
+            self._forwards[mode] = kept | {"forward": type(self).forward}
+        for module in self.modules():
+            module.training = training
+        self._use(training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to the graph captured in this mode.
+
+        Raises:
+            NotImplementedError: The model came as a graph of the other mode only.
+        """
+        if mode not in self.graphs:
+            name, other = ("train", "eval") if mode else ("eval", "train")
+            raise NotImplementedError(f"this model was captured in {other} mode only. {self._why_one_mode(name)}")
+        super().train(mode)
+        self._use(mode)
+        return self
+
+    def _why_one_mode(self, missing: str) -> str:
+        return f"An exported graph holds one mode; rewrite the nn.Module itself to have {missing} mode too."
+
+    def _use(self, mode: bool) -> None:
+        chosen = dict(self._forwards[mode])
+        type(self).forward = chosen.pop("forward")
+        self.__dict__.update(chosen)
+
+    def _on(self, tree: nn.Module) -> "ModalModule":
+        """Return the same on other parameters."""
+        return ModalModule(tree, self.graphs, self.training, self._get_name())
+
+    def __copy__(self) -> "ModalModule":
+        # fx would copy the graph of one mode only
+        return self._on(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModalModule":
+        tree = nn.Module()
+        for name in _TABLES:
+            tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        for name, value in constants_of(self).items():
+            tree.__dict__[name] = copy.deepcopy(value, memo)
+        new = self._on(tree)
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {self._get_name()} is not pickled; keep its state_dict(), or use attnres_rewrite.save(new, folder) and "
+            "load(folder) on what rewrite() returned"
+        )
+
+
+class RewrittenModule(ModalModule):
     """A model whose residual stream is mixed by Attention Residuals.
 
     It is called as the original was, returns what the original returned, and has every key of its state
@@ -68,61 +142,16 @@ class RewrittenModule(fx.GraphModule):
         example_inputs: ExampleInputs,
     ) -> None:
         """Share the parameters, buffers and submodules of `tree`; `programs` maps a training flag to its program."""
-        super().__init__(nn.Module(), fx.Graph(), class_name="RewrittenModule")
-        adopt_tree(self, tree)
+        graphs = {mode: program.graph for mode, program in programs.items()}
+        super().__init__(tree, graphs, training, "RewrittenModule")
         self.programs = dict(programs)
         self.config, self.report, self.example_inputs = config, report, example_inputs
-        self._forwards: dict[bool, dict[str, Any]] = {}
-        for mode, program in self.programs.items():
-            twin = not mode
-            if twin in self._forwards and self.programs[twin] is program:
-                self._forwards[mode] = self._forwards[twin]
-                continue
-            self.graph = program.graph
-            give_constants_as_defaults(type(self).forward, program.graph)
-            kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
-            self._forwards[mode] = kept | {"forward": type(self).forward}
-        for module in self.modules():
-            module.training = training
-        self._use(training)
 
-    def train(self, mode: bool = True) -> "RewrittenModule":
-        """Switch to the graph captured in this mode.
+    def _why_one_mode(self, missing: str) -> str:
+        return "".join(self.report.capture.notes) or super()._why_one_mode(missing)
 
-        Raises:
-            NotImplementedError: The model came as a graph of the other mode only.
-        """
-        if mode not in self.programs:
-            name, other = ("train", "eval") if mode else ("eval", "train")
-            why = "".join(self.report.capture.notes) or (
-                f"An exported graph holds one mode; rewrite the nn.Module itself to have {name} mode too."
-            )
-            raise NotImplementedError(f"this model was captured in {other} mode only. {why}")
-        super().train(mode)
-        self._use(mode)
-        return self
-
-    def _use(self, mode: bool) -> None:
-        chosen = dict(self._forwards[mode])
-        type(self).forward = chosen.pop("forward")
-        self.__dict__.update(chosen)
-
-    def __copy__(self) -> "RewrittenModule":
-        # fx would copy the graph of one mode only
-        return RewrittenModule(self, self.programs, self.training, self.config, self.report, self.example_inputs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RewrittenModule":
-        tree = nn.Module()
-        for name in _TABLES:
-            tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
-        for name, value in constants_of(self).items():
-            tree.__dict__[name] = copy.deepcopy(value, memo)
-        new = RewrittenModule(tree, self.programs, self.training, self.config, self.report, self.example_inputs)
-        memo[id(self)] = new
-        return new
-
-    def __reduce__(self) -> Any:
-        raise TypeError("a RewrittenModule is not pickled; use attnres_rewrite.save(new, folder) and load(folder)")
+    def _on(self, tree: nn.Module) -> "RewrittenModule":
+        return RewrittenModule(tree, self.programs, self.training, self.config, self.report, self.example_inputs)
 
 
 # what GraphModule.recompile leaves in the instance, beside the forward in its class

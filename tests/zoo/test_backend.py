@@ -88,7 +88,7 @@ def test_the_backend_computes_what_rewrite_does(spec: Spec) -> None:
     model, twin, inputs = _pair(spec)
     if spec.name in NOT_COMPILED:
         with ar.original(model), pytest.raises(RuntimeError, match=NOT_COMPILED[spec.name]):
-            _results(torch.compile(model, backend="aot_eager"), inputs)
+            _results(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
         pytest.skip(f"torch.compile cannot run the original: {NOT_COMPILED[spec.name]}")
     model.compile(backend="attnres", options={"backend": "aot_eager"})
     outputs, gradients = _results(model, inputs)

@@ -96,4 +96,4 @@ def _refusal_or_report(spec: Spec) -> tuple[str, ar.RewriteReport | None]:
 def test_every_name_is_given_once() -> None:
     names = [spec.name for spec in (*hand_counted(), *sweep(), *timm_sweep())]
     assert len(names) == len(set(names))
-    assert set(DEFAULT_RUN.split()) <= set(names)
+    assert set(DEFAULT_RUN.split()) - {"inkling2"} <= set(names)  # not in every release of transformers

@@ -1,0 +1,61 @@
+"""Generated networks whose layers are called again: what the flat graph computes, with gradients, in both modes.
+
+12 networks by default, 500 with `-m slow`. Those whose layers cannot be told apart are refused, and say why.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import attnres_rewrite as ar
+
+from .check import is_random, random_config
+from .networks import build
+from .specs import random_spec
+from .test_backend import LIMIT, results
+
+
+def layer_lists(model: nn.Module, new: ar.RewrittenModule) -> list[str]:
+    """Return patterns for the outermost lists of modules that read."""
+    keys = list(new.state_dict())
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and any(key.startswith(f"{name}.") and ".attn_res." in key for key in keys)
+    ]
+    return [f"{name}.*" for name in found if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def check(seed: int) -> int:
+    """Compare one network with its flat rewrite; return how many units it has, 0 where it is refused."""
+    spec = random_spec(seed)
+    made = build(spec)
+    args, model = made.args, made.model
+    new = ar.rewrite(model, args, config=random_config(spec, made), dynamic_shapes={}, verify=False)
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(new):
+            parameter.add_(torch.randn_like(parameter))
+    patterns = layer_lists(model, new)
+    if not patterns:
+        return 0
+    try:
+        nested = ar.unflatten(new, patterns)
+    except ar.PartitionError as error:
+        print(seed, patterns, error)
+        return 0
+    for training in (True, False) if is_random(spec) else (model.training,):
+        found, wanted = results(nested.train(training), args), results(new.train(training), args)
+        assert len(found[0]) == len(wanted[0])
+        for one, other in zip(found[0], wanted[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=LIMIT, atol=LIMIT * other.abs().max().item())
+        assert found[1].keys() == wanted[1].keys()
+        largest = max(gradient.abs().max().item() for gradient in wanted[1].values())
+        for name, gradient in wanted[1].items():
+            assert (found[1][name] - gradient).abs().max().item() <= LIMIT * largest, name
+    return sum(node.op == "call_module" for node in nested.graph.nodes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_networks(seed: int) -> None:
+    check(seed)

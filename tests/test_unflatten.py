@@ -1,0 +1,170 @@
+"""Mirrors attnres_rewrite/unflatten.py: layers that are called again compute what the flat graph does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import attnres_rewrite as ar
+from attnres_rewrite.kernels.inter_block.op import inter_block
+from attnres_rewrite.kernels.merge.op import add_merge_norm
+from tests.networks import VOCAB, WIDTH, Gpt, ids
+
+
+def rewritten(model: nn.Module, config: ar.AttnResConfig | None = None) -> ar.RewrittenModule:
+    new = ar.rewrite(model.double(), (ids(),), config=config or ar.AttnResConfig(block_size=3), verify=False)
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(new):
+            parameter.add_(torch.randn_like(parameter))
+    return new
+
+
+def results(model, inputs=None):
+    model.zero_grad()
+    torch.manual_seed(1)
+    out = model(ids() if inputs is None else inputs)
+    out.square().mean().backward()
+    return out.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(model, new, inputs=None):
+    found, wanted = results(model, inputs), results(new, inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
+
+
+CONFIGS = {
+    "blocks": ar.AttnResConfig(block_size=3),
+    "full": ar.AttnResConfig(num_blocks="full"),
+    "direct": ar.AttnResConfig(block_size=3, schedule="direct"),
+    "gate": ar.AttnResConfig(block_size=2, gate=True, recency_bias=1.0),
+    "heads": ar.AttnResConfig(block_size=2, num_heads=2, output="mean"),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_same_function_in_both_modes(config):
+    new = rewritten(Gpt(depth=4, dropout=0.2), config)
+    model = ar.unflatten(new, "layers.*")
+    assert model.state_dict().keys() == new.state_dict().keys()
+    assert all(one is other for one, other in zip(model.parameters(), new.parameters(), strict=True))
+    for mode in (True, False):
+        assert_same(model.train(mode), new.train(mode))
+        assert all(module.training == mode for module in model.modules())
+        assert_same(model, new, torch.randint(0, VOCAB, (3, 5)))
+
+
+def test_what_goes_into_each_layer_and_comes_out():
+    model = ar.unflatten(rewritten(Gpt(depth=4), ar.AttnResConfig(block_size=4)), "layers.*")
+    seen = {}
+
+    def note(layer, args, out):
+        seen[names[layer]] = (len(args), type(out))
+
+    names = {layer: name for name, layer in model.layers.named_children()}
+    for layer in names:
+        layer.register_forward_hook(note)
+    model(ids())
+    # the embedding, the finished block, the partial sum -> the partial sum
+    assert seen == {name: (count, torch.Tensor) for name, count in {"0": 1, "1": 2, "2": 2, "3": 3}.items()}
+
+
+def test_reads_are_scheduled_and_fused_in_each_layer():
+    model = ar.unflatten(rewritten(Gpt(depth=4), ar.AttnResConfig(block_size=4)), "layers.*")
+    called = [node.target for node in model.layers.get_submodule("3").graph.nodes]
+    assert inter_block in called
+    assert add_merge_norm in called
+
+
+def test_checkpointed_layers_keep_less():
+    new = rewritten(Gpt(depth=4, dropout=0.2)).train()
+    model = ar.unflatten(new, "layers.*")
+
+    def saved(module):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+            module(ids())
+        own = {parameter.data_ptr() for parameter in module.parameters()}
+        return sum(t.nbytes for pointer, t in kept.items() if pointer not in own)
+
+    whole = saved(model)
+    for layer in model.layers.children():
+        layer.forward = lambda *args, run=layer.forward: checkpoint(run, *args, use_reentrant=False)
+    assert saved(model) < whole / 3
+    assert_same(model, new)
+
+
+def test_layers_compile_one_by_one():
+    new = rewritten(Gpt(depth=3))
+    model = ar.unflatten(new, "layers.*")
+    for layer in model.layers.children():
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert_same(model, new)
+
+
+def test_copies_have_parameters_of_their_own():
+    new = rewritten(Gpt(depth=2, dropout=0.2))
+    model = copy.deepcopy(ar.unflatten(new, "layers.*"))
+    assert_same(model, new)
+    with torch.no_grad():
+        model.layers.get_submodule("0").norm_1.weight.add_(1)
+    assert not torch.equal(model(ids()), new(ids()))
+
+
+def test_a_loaded_rewrite(tmp_path):
+    new = rewritten(Gpt(depth=2, dropout=0.2))
+    loaded = ar.load(ar.save(new, tmp_path / "saved"))
+    model = ar.unflatten(loaded, ["layers.0", "layers.1"])
+    for mode in (False, True):
+        assert_same(model.train(mode), new.train(mode))
+
+
+class Regions(Gpt):
+    """Each layer ends in a region that torch.export keeps as one call."""
+
+    def __init__(self):
+        super().__init__(depth=2)
+        for layer in self.layers:
+            inner = layer.mlp.forward
+            layer.mlp.forward = lambda x, inner=inner: self.without_autocast(inner, x)
+
+    def without_autocast(self, inner, x):
+        with torch.autocast("cpu", enabled=False):
+            return inner(x)
+
+
+def test_bodies_of_regions_move_along():
+    new = rewritten(Regions())
+    model = ar.unflatten(new, "layers.*")
+    assert_same(model, new)
+    assert_same(copy.deepcopy(model), new)
+
+
+class Looped(Gpt):
+    def forward(self, ids):
+        x = self.embed(ids)
+        for _ in range(2):
+            for layer in self.layers:
+                x = layer(x)
+        return self.head(self.norm(x))
+
+
+def test_refusals():
+    new = rewritten(Gpt(depth=2))
+    with pytest.raises(TypeError, match="takes what rewrite\\(\\) or load\\(\\) returned; this is a Gpt"):
+        ar.unflatten(Gpt(depth=2), "layers.*")
+    with pytest.raises(ValueError, match=r"no module is named 'h\.\*'; the model has embed, layers"):
+        ar.unflatten(new, "h.*")
+    with pytest.raises(ValueError, match=r"layers\.0\.norm_1 is inside of layers\.0"):
+        ar.unflatten(new, ["layers.*", "layers.0.norm_1"])
+    with pytest.raises(ar.PartitionError, match="embed.weight and head.weight are one parameter"):
+        ar.unflatten(new, ["embed"])
+    with pytest.raises(ar.PartitionError, match=r"layers\.1 begins before layers\.0 has ended"):
+        ar.unflatten(rewritten(Looped(depth=2)), "layers.*")
+    shared = Gpt(depth=2)
+    shared.layers[1].mlp = shared.layers[0].mlp
+    with pytest.raises(ar.PartitionError, match="are one parameter"):
+        ar.unflatten(rewritten(shared), "layers.*")
+    with pytest.raises(TypeError, match="not pickled"):
+        ar.unflatten(new, "layers.*").__reduce__()
