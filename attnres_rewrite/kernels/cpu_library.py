@@ -62,7 +62,16 @@ def num_chunks(num_tokens: int, partial: Tensor) -> int:
 
 
 def call(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
-    """Run one kernel on rows of a dtype, with as many threads as torch."""
+    """Run one kernel on rows of a dtype, with as many threads as torch.
+
+    Raises:
+        TypeError: There is none for this dtype.
+    """
+    if dtype not in SCALARS:
+        raise TypeError(
+            f"the compiled graph has a kernel that takes no {dtype}: torch 2.11 does not compile anew when a model is "
+            "moved to another dtype. Call torch.compiler.reset() after the move"
+        )
     kernel = getattr(library(dtype).result(), f"attnres_{name}")
     # said outright: a library of the compiler's own OpenMP does not know what torch was told
     kernel(ctypes.byref(arguments), ctypes.c_int(torch.get_num_threads()))

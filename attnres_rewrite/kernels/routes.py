@@ -77,12 +77,9 @@ def _count_plain(operation: str, reason: str, tensor: Tensor) -> None:
 
 
 def is_exporting() -> bool:
-    """Say whether torch.export traces; asked directly, Dynamo of torch 2.11 says so in torch.compile as well."""
-    return torch.compiler.is_exporting()
-
-
-# as cpu_library.prepare is
-is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    """Say whether torch.export traces."""
+    # what torch.compiler.is_exporting() returns; but Dynamo of torch 2.11 takes that for true in torch.compile, too
+    return torch.compiler._is_exporting_flag
 
 
 @contextmanager
