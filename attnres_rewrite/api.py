@@ -20,7 +20,7 @@ from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError,
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import check_inputs_given, plain_inputs
 from attnres_rewrite.kernels.routes import kernels_of, why_no_kernel, why_no_variant_kernel
-from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
+from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule, require_rewritten
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.grad_modes import refuse_mixed_grad_modes
@@ -161,9 +161,7 @@ def verify(
     Raises:
         TypeError: `new` is not rewritten, or an argument is of another kind.
     """
-    # callers are not all type-checked
-    if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"verify() takes what rewrite() or load() returned; this is a {type(new).__name__}")
+    require_rewritten(new, "verify")
     check_inputs_given(() if args is None else args, kwargs)
     given = args is not None or kwargs is not None
     inputs = ExampleInputs(tuple(args or ()), dict(kwargs or {})) if given else new.example_inputs

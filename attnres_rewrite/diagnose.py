@@ -22,7 +22,7 @@ from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.mark import Attachment
-from attnres_rewrite.module import Program, RewrittenModule
+from attnres_rewrite.module import ModalModule, Program, RewrittenModule
 from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.records import BlockPlan, ReadPlan
 from attnres_rewrite.running_figures import Side
@@ -171,6 +171,8 @@ def _what_it_is(other: object) -> tuple[str, str]:
             return why, _recipe(
                 f'model.get_submodule("{name}")' if name else "model", Attachment.from_json(facts).config
             )
+    if isinstance(other, ModalModule):
+        return f"This is a {kind}.", "Diagnose the rewrite it was made of: new.load_state_dict(model.state_dict())."
     return f"This is a {kind}.", "Add  new = attnres_rewrite.rewrite(model, args)  and diagnose that."
 
 

@@ -15,6 +15,7 @@ from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.module import Program, RewrittenModule
+from attnres_rewrite.passes.insert_reads import insert_reads
 
 
 def program_with_values(new: RewrittenModule, training: bool | None = None) -> Program:
@@ -29,6 +30,14 @@ def program_with_values(new: RewrittenModule, training: bool | None = None) -> P
     with torch.no_grad():
         _Noting(module, graph=graph).run(*inputs, enable_io_processing=False)
     return Program(program.graph, graph, tuple(map_plan(plan, copies) for plan in program.plans))
+
+
+def unscheduled_graph(new: RewrittenModule, training: bool | None = None) -> fx.Graph:
+    """Return the graph of a mode with its reads in it, none scheduled or fused, for passes that cut it first."""
+    program = program_with_values(new, training)
+    graph, copies = copy_graph(program.original)
+    insert_reads(graph, [map_plan(plan, copies) for plan in program.plans], new.config)
+    return graph
 
 
 def _moved_along(value: Tensor, new: RewrittenModule, program: Program) -> Tensor:

@@ -154,6 +154,17 @@ class RewrittenModule(ModalModule):
         return RewrittenModule(tree, self.programs, self.training, self.config, self.report, self.example_inputs)
 
 
+def require_rewritten(new: object, function: str) -> None:
+    """Raise TypeError when `new`, given to a public function of that name, is not a RewrittenModule."""
+    if isinstance(new, RewrittenModule):
+        return
+    kind = type(new).__name__
+    hint = ""
+    if isinstance(new, ModalModule):
+        hint = ". Give it the rewrite this was made of, after new.load_state_dict(model.state_dict())"
+    raise TypeError(f"{function}() takes what rewrite() or load() returned; this is a {kind}{hint}")
+
+
 # what GraphModule.recompile leaves in the instance, beside the forward in its class
 _GENERATED = frozenset(["_graph", "_code", "_lineno_map", "_prologue_start", "_in_spec", "_out_spec"])
 

@@ -17,14 +17,11 @@ from typing import Any
 
 from torch import fx, nn
 
-
-from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.example_values import program_with_values
+from attnres_rewrite.example_values import unscheduled_graph
 from attnres_rewrite.fxgraph import module_path
-from attnres_rewrite.module import ModalModule, RewrittenModule, attribute, copy_tree
+from attnres_rewrite.module import ModalModule, RewrittenModule, attribute, copy_tree, require_rewritten
 from attnres_rewrite.passes.fuse_reads import fuse_reads
-from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 
 
@@ -45,16 +42,14 @@ def unflatten(new: RewrittenModule, modules: str | Sequence[str]) -> ModalModule
         PartitionError: A module is called twice or beside another, or one of its parameters is used elsewhere, too.
         TypeError: `new` is not rewritten.
     """
-    # callers are not all type-checked
-    if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"unflatten() takes what rewrite() or load() returned; this is a {type(new).__name__}")
+    require_rewritten(new, "unflatten")
     names = _matching(new, (modules,) if isinstance(modules, str) else tuple(modules))
     _refuse_shared(new, names)
     tree = copy_tree(new)
     cut: dict[int, _Cut] = {}
     for mode, program in new.programs.items():
         if id(program) not in cut:
-            cut[id(program)] = _cut(_unscheduled(new, mode), new, names, new.config.schedule)
+            cut[id(program)] = _cut(unscheduled_graph(new, mode), new, names, new.config.schedule)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         holder = attribute(tree, name)
@@ -103,14 +98,6 @@ def _cannot(what: str, why: str) -> PartitionError:
 
 def _unit_of(target: str, names: Sequence[str]) -> str:
     return next((name for name in names if target.startswith(f"{name}.")), "")
-
-
-def _unscheduled(new: RewrittenModule, mode: bool) -> fx.Graph:
-    """Return the graph of a mode with its reads in it, and none of them scheduled."""
-    program = program_with_values(new, mode)
-    graph, copies = copy_graph(program.original)
-    insert_reads(graph, [map_plan(plan, copies) for plan in program.plans], new.config)
-    return graph
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ LEVELS = (
         "plots",
         "plot_style",
         "page",
+        "unflatten",
     },
     {"attachment", "backend", "cli"},
     {"__init__", "__main__"},

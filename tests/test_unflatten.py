@@ -1,6 +1,7 @@
 """Mirrors attnres_rewrite/unflatten.py: layers that are called again compute what the flat graph does."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import add_merge_norm
-from tests.networks import VOCAB, WIDTH, Gpt, ids
+from tests.networks import VOCAB, Gpt, ids
 
 
 def rewritten(model: nn.Module, config: ar.AttnResConfig | None = None) -> ar.RewrittenModule:
@@ -166,5 +167,14 @@ def test_refusals():
     shared.layers[1].mlp = shared.layers[0].mlp
     with pytest.raises(ar.PartitionError, match="are one parameter"):
         ar.unflatten(rewritten(shared), "layers.*")
-    with pytest.raises(TypeError, match="not pickled"):
-        ar.unflatten(new, "layers.*").__reduce__()
+
+
+def test_it_is_no_rewrite():
+    model = ar.unflatten(rewritten(Gpt(depth=2)), "layers.*")
+    with pytest.raises(TypeError, match="a UnflattenedModule is not pickled; keep its state_dict()"):
+        pickle.dumps(model)
+    for function in (ar.verify, lambda model: ar.partition(model, 2), lambda model: ar.unflatten(model, "layers.*")):
+        with pytest.raises(TypeError, match=r"this is a UnflattenedModule\. .* new\.load_state_dict"):
+            function(model)
+    with pytest.raises(ar.NotRewrittenError, match=r"Diagnose the rewrite it was made of: new\.load_state_dict"):
+        ar.diagnose(model, [(ids(),)])

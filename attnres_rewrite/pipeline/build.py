@@ -116,7 +116,7 @@ def _checked(
     facts = facts_of(schedule)
     if not runs_here(schedule):
         raise ValueError(
-            f"{schedule} needs torch {'.'.join(map(str, SPLITS_SINCE))} or newer, and this is {torch.__version__}: "
+            f"{schedule} needs torch {SPLITS_SINCE} or newer, and this is {torch.__version__}: "
             "older ones give wrong gradients where they split a backward. 1F1B and Interleaved1F1B run on every version"
         )
     if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):

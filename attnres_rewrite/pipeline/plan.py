@@ -10,13 +10,11 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.example_values import program_with_values
+from attnres_rewrite.example_values import unscheduled_graph
 from attnres_rewrite.fxgraph import module_path, op_name, shape_of
-from attnres_rewrite.module import RewrittenModule
+from attnres_rewrite.module import RewrittenModule, require_rewritten
 from attnres_rewrite.passes.fuse_reads import fuse_reads
-from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.passes.key_draws import KEY, key_draws
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.passes.partition import partition as cut_graph
@@ -185,11 +183,13 @@ def partition(
     Raises:
         PartitionError: The model cannot be cut so, with the reason.
         ValueError: A count, a placement, a mode, the number of names or `dropout` is wrong.
+        TypeError: `new` is not rewritten.
     """
+    require_rewritten(new, "partition")
     if dropout not in ("keyed", "torch"):
         raise ValueError(f"dropout={dropout!r} must be 'keyed' or 'torch'")
     ranks = ranks_of_stages(num_ranks, num_virtual, placement)
-    graph, device = _unscheduled(new), device or Device()
+    graph, device = unscheduled_graph(new), device or Device()
     model_hash = hash_of(graph)
     if dropout == "keyed":
         key_draws(graph)
@@ -238,7 +238,7 @@ def hash_of(graph: fx.Graph) -> str:
 
 def hash_of_model(new: RewrittenModule) -> str:
     """Return the hash that a plan for this model has."""
-    return hash_of(_unscheduled(new))
+    return hash_of(unscheduled_graph(new))
 
 
 def _target_name(node: fx.Node) -> str:
@@ -248,14 +248,6 @@ def _target_name(node: fx.Node) -> str:
 
 def _without_devices(arguments: Any) -> str:
     return str(map_aggregate(arguments, lambda value: None if isinstance(value, torch.device) else value))
-
-
-def _unscheduled(new: RewrittenModule) -> fx.Graph:
-    """Rewrite the original graph again, up to the schedule: a batched phase 1 would make results for later stages."""
-    program = program_with_values(new)
-    graph, copies = copy_graph(program.original)
-    insert_reads(graph, [map_plan(plan, copies) for plan in program.plans], new.config)
-    return graph
 
 
 def _chosen_cuts(

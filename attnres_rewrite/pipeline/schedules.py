@@ -27,11 +27,12 @@ SCHEDULES = {
 }
 
 # older ones add up the gradients of all outputs of an operation, and fail where a stage returns one without a gradient
-SPLITS_SINCE = (2, 13)
+SPLITS_SINCE = "2.13"
 
 
 def runs_here(schedule: str) -> bool:
     """Say whether this version of torch runs a schedule right: a split backward needs `SPLITS_SINCE`."""
+    # a TorchVersion, which compares by its numbers
     return not facts_of(schedule).splits_backward or torch.__version__ >= SPLITS_SINCE
 
 

@@ -183,7 +183,7 @@ class BlockCacheStage(PipelineStage):
         """Have what is received require a gradient: torch 2.11 does not after an evaluation that came first."""
         for infos in self.args_recv_info.values() if not self.is_first else ():
             for name, info in zip(self.routes.received, infos, strict=True):
-                if name in self._trainable:
+                if name in self._trainable and info.buffer is not None:
                     info.buffer.requires_grad_()
         return super()._prepare_backward_infra(num_microbatches, *rest, **options)
 
