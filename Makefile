@@ -55,8 +55,9 @@ gpu:
 	@if $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then $(MAKE) --no-print-directory gpu-run; \
 	else echo "no GPU here: torch.cuda.is_available() is False for $(GPU_PYTHON), so nothing was run"; fi
 
+# a warning of that environment's versions is shown, and ends no test
 gpu-run:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default
 	mkdir -p benchmarks/results
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/reads.py --device cuda --json benchmarks/results/reads_cuda.json
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 \

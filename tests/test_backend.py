@@ -430,6 +430,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgr
 """
 
 
+@pytest.mark.slow
 def test_caches_are_used_until_the_config_or_the_version_changes(tmp_path):
     def hits(blocks, version):
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}

@@ -44,8 +44,8 @@ def skip_without(package):
 
 
 def _cases():
-    # tests/test_backend.py has a quicker test of it
-    slow = {"08_data_parallel": pytest.mark.slow}
+    # other tests do the same in less time
+    slow = dict.fromkeys(["05_trainer_huggingface", "08_data_parallel", "13_pipeline_checkpoint"], pytest.mark.slow)
     return [pytest.param(script, id=script.stem, marks=slow.get(script.stem, ())) for script in SCRIPTS]
 
 

@@ -76,6 +76,7 @@ def test_an_error_of_one_rank_is_that_of_every_rank():
     assert "rank 1: FloatingPointError: the weights are no numbers" in found[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_rank_that_died_is_told_from_one_that_failed():
     found = run("dies")
