@@ -22,6 +22,7 @@ from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import add_merge_norm, merge, with_recency_bias
 from attnres_rewrite.kernels.read.op import block_attn_res
 from attnres_rewrite.kernels.variant_read.op import variant_attn_res
+from attnres_rewrite.passes.relax_checks import check_captured
 
 Json = Any
 
@@ -33,6 +34,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "merge": merge,
     "add_merge_norm": add_merge_norm,
     "check_inputs": check_inputs,
+    "check_captured": check_captured,
 }
 _ARITHMETIC = frozenset(
     """getitem add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ lshift

@@ -22,6 +22,7 @@ from attnres_rewrite.example_values import unscheduled_graph
 from attnres_rewrite.fxgraph import module_path
 from attnres_rewrite.module import ModalModule, RewrittenModule, attribute, copy_tree, require_rewritten
 from attnres_rewrite.passes.fuse_reads import fuse_reads
+from attnres_rewrite.passes.relax_checks import relax_checks
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 
 
@@ -142,6 +143,7 @@ def _cut(graph: fx.Graph, root: nn.Module, names: Sequence[str], schedule: Any) 
     for each in (outer, *units.values()):
         schedule_reads(each, schedule)
         fuse_reads(each)
+        relax_checks(each)
     return _Cut(outer, units, bodies)
 
 

@@ -18,6 +18,7 @@ from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.key_draws import KEY, key_draws
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.passes.partition import partition as cut_graph
+from attnres_rewrite.passes.relax_checks import relax_checks
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 from attnres_rewrite.pipeline.costs import Device, flops_of, seconds_of
 from attnres_rewrite.pipeline.cuts import Candidate, balanced_cuts, candidates, named_cuts, source_labels
@@ -206,6 +207,7 @@ def partition(
     for stage in parts.stages:
         schedule_reads(stage.module.graph, new.config.schedule)
         fuse_reads(stage.module.graph)
+        relax_checks(stage.module.graph)
         stage.module.recompile()
     return PipelinePlan(
         num_ranks=num_ranks,
