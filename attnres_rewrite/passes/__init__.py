@@ -6,4 +6,5 @@ plan_blocks     the graph stays; every update is in one block, every state that 
 insert_reads    at zero queries every output stays; no original add of a stream is left
 schedule_reads  every output stays; reads that share sources mix them once, where that moves fewer bytes
 fuse_reads      every output stays, to rounding; the add before a merge and the norm after it run in its pass
+relax_checks    every output stays; autocast may lower what the capture found in float32
 """
