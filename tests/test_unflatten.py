@@ -6,12 +6,16 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import add_merge_norm
 from tests.networks import VOCAB, Gpt, ids
+from tests.processes import run_on_ranks
 
 
 def rewritten(model: nn.Module, config: ar.AttnResConfig | None = None) -> ar.RewrittenModule:
@@ -178,3 +182,32 @@ def test_it_is_no_rewrite():
             function(model)
     with pytest.raises(ar.NotRewrittenError, match=r"Diagnose the rewrite it was made of: new\.load_state_dict"):
         ar.diagnose(model, [(ids(),)])
+
+
+def train_sharded(whole: bool) -> None:
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2,))
+    new, batch = rewritten(Gpt(depth=3)), torch.randint(0, VOCAB, (4, 5), generator=torch.Generator().manual_seed(1))
+    wanted = copy.deepcopy(new)
+    model = new if whole else ar.unflatten(new, "layers.*")
+    for layer in () if whole else model.layers.children():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer, reference = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, wanted))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(batch.chunk(2)[mesh.get_local_rank()]).square().mean().backward()
+        optimizer.step()
+        reference.zero_grad()
+        sum(wanted(part).square().mean() / 2 for part in batch.chunk(2)).backward()
+        reference.step()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(state, wanted.state_dict(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(model.eval()(batch), wanted.eval()(batch), rtol=1e-11, atol=1e-13)
+
+
+# examples/14_sharded.py does so with checkpointed layers
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True], ids=["layers", "whole"])
+def test_sharded_parameters(whole):
+    run_on_ranks(2, train_sharded, whole)
