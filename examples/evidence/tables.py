@@ -80,8 +80,9 @@ def read_lr(facts: Facts) -> str:
         sides.append(("Full less Block", found["difference_to_block"].get("full"), _signed))
         for label, row, spelled in sides:
             by_seed = {} if row is None else row["by_seed"]
-            rows.append([f"x{rate}", label, *(spelled(by_seed.get(seed)) for seed in seeds)])
-    return _table(["rate of the reads", "", *(f"seed {seed}" for seed in seeds)], rows)
+            mean = None if row is None else row["mean"]
+            rows.append([f"x{rate}", label, *(spelled(by_seed.get(seed)) for seed in seeds), spelled(mean)])
+    return _table(["rate of the reads", "", *(f"seed {seed}" for seed in seeds), "mean"], rows)
 
 
 def throughput(facts: Facts) -> str:
