@@ -13,10 +13,10 @@ import fnmatch
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx, nn
 
+from attnres_rewrite.config import Schedule
 from attnres_rewrite.errors import PartitionError, explain
 from attnres_rewrite.example_values import unscheduled_graph
 from attnres_rewrite.fxgraph import module_path
@@ -41,10 +41,10 @@ def unflatten(new: RewrittenModule, modules: str | Sequence[str]) -> ModalModule
     Raises:
         ValueError: No module has such a name, or one is inside of another.
         PartitionError: A module is called twice or beside another, or one of its parameters is used elsewhere, too.
-        TypeError: `new` is not rewritten.
+        TypeError: `new` is not rewritten, or `modules` names nothing.
     """
     require_rewritten(new, "unflatten")
-    names = _matching(new, (modules,) if isinstance(modules, str) else tuple(modules))
+    names = _matching(new, (modules,) if isinstance(modules, str) else modules)
     _refuse_shared(new, names)
     tree = copy_tree(new)
     cut: dict[int, _Cut] = {}
@@ -64,6 +64,9 @@ def unflatten(new: RewrittenModule, modules: str | Sequence[str]) -> ModalModule
 
 def _matching(new: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """Return the modules that the patterns name, in the order of the model."""
+    # callers are not all type-checked
+    if not isinstance(patterns, Sequence) or not all(isinstance(each, str) for each in patterns) or not patterns:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"modules is a name, a pattern, or a sequence of them; got {patterns!r}")
     found: list[str] = []
     known = [name for name, _ in new.named_modules() if name]
     for pattern in patterns:
@@ -110,7 +113,7 @@ class _Cut:
     bodies: Mapping[str, Mapping[str, nn.Module]]
 
 
-def _cut(graph: fx.Graph, root: nn.Module, names: Sequence[str], schedule: Any) -> _Cut:
+def _cut(graph: fx.Graph, root: nn.Module, names: Sequence[str], schedule: Schedule) -> _Cut:
     nodes = list(graph.nodes)
     regions = _regions(nodes, root, names)
     outer, env = fx.Graph(), dict[fx.Node, fx.Node]()

@@ -159,6 +159,9 @@ def test_refusals():
     new = rewritten(Gpt(depth=2))
     with pytest.raises(TypeError, match="takes what rewrite\\(\\) or load\\(\\) returned; this is a Gpt"):
         ar.unflatten(Gpt(depth=2), "layers.*")
+    for nothing in (None, 3, [], [0]):
+        with pytest.raises(TypeError, match="modules is a name, a pattern, or a sequence of them; got"):
+            ar.unflatten(new, nothing)
     with pytest.raises(ValueError, match=r"no module is named 'h\.\*'; the model has embed, layers"):
         ar.unflatten(new, "h.*")
     with pytest.raises(ValueError, match=r"layers\.0\.norm_1 is inside of layers\.0"):
