@@ -8,8 +8,8 @@ Backward: a stored value is a leaf of the stage that reads it. Its gradient is h
           is one more output of its backward.
 
 A stored value enters the stage by keyword: torch looks for gradients of keyword inputs as well, in a backward that is
-split into input and weight gradients too, and leaves them out of what it sends. Only methods that torch 2.11 to 2.15 all
-have are overridden, and what else they are given is passed on; torch's own forward cache is not touched.
+split into input and weight gradients too, and leaves them out of what it sends. Only methods that every torch from 2.11
+to 2.15 has are overridden, and what else they are given is passed on; torch's own forward cache is not touched.
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,9 +20,10 @@ from .networks import build
 from .specs import random_spec
 
 LIMIT = 1e-3
+Results = tuple[list[Tensor], dict[str, Tensor]]
 
 
-def results(model: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def results(model: nn.Module, args: tuple[Any, ...]) -> Results:
     """Return the outputs of a seeded call, and the gradients of a weighted sum of them."""
     model.zero_grad()
     torch.manual_seed(3)
@@ -33,6 +34,17 @@ def results(model: nn.Module, args: tuple[Any, ...]) -> tuple[list[Tensor], dict
     ]
     torch.stack(weighted).sum().backward()
     return outputs, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_alike(found: Results, wanted: Results) -> None:
+    """Compare outputs and gradients, each with the largest of its kind."""
+    assert len(found[0]) == len(wanted[0])
+    for one, other in zip(found[0], wanted[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=LIMIT, atol=LIMIT * other.abs().max().item())
+    assert found[1].keys() == wanted[1].keys()
+    largest = max(gradient.abs().max().item() for gradient in wanted[1].values())
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).abs().max().item() <= LIMIT * largest, name
 
 
 # the experts of some networks pick tokens by torch.nonzero, at which Dynamo ends a graph otherwise
@@ -59,13 +71,7 @@ def check(seed: int) -> None:
                 results(model, args)
             continue
         wanted = results(new.train(training), args)
-        assert len(found[0]) == len(wanted[0])
-        for one, other in zip(found[0], wanted[0], strict=True):
-            torch.testing.assert_close(one, other, rtol=LIMIT, atol=LIMIT * other.abs().max().item())
-        assert found[1].keys() == wanted[1].keys()
-        largest = max(gradient.abs().max().item() for gradient in wanted[1].values())
-        for name, gradient in wanted[1].items():
-            assert (found[1][name] - gradient).abs().max().item() <= LIMIT * largest, name
+        assert_alike(found, wanted)
 
 
 # those of the first dozen that compile in a few seconds
