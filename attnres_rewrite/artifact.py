@@ -14,8 +14,6 @@ import importlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,11 @@ from attnres_rewrite.errors import ArtifactError, explain
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.model_caches import register_dynamic_cache
-from attnres_rewrite.module import ExampleInputs, RewrittenModule, attribute, constants_of
+from attnres_rewrite.module import ExampleInputs, RewrittenModule, require_rewritten
 from attnres_rewrite.program_json import program_from_json, program_to_json
 from attnres_rewrite.report import RewriteReport, report_from_dict
+from attnres_rewrite.tensor_tree import add_tensors, holder_of, tensors_of
+from attnres_rewrite.whole_folder import whole_folder
 
 FORMAT, FORMAT_VERSION = "attnres-rewrite", 1
 HEADER = "attnres.json"
@@ -54,24 +54,13 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
         ArtifactError: The folder exists, or the model holds something that cannot be saved.
         TypeError: `new` is no rewrite.
     """
-    # callers are not all type-checked
-    if not isinstance(new, RewrittenModule):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"save() writes what rewrite() returned; this is a {type(new).__name__}. An attached model is saved like "
-            "any model: save_pretrained(), or its state_dict()"
-        )
+    require_rewritten(new, "save")
     target = Path(folder).absolute()
     _refuse_meta(new)
     _refuse_to_overwrite(target, force)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        with whole_folder(target) as draft:
             _write(new, draft)
-            _share(draft)
-            _move_into_place(draft, target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
     except OSError as why:
         raise ArtifactError(
             explain("the folder cannot be written", str(target), f"{why}", "Name another one.")
@@ -108,7 +97,7 @@ def _refuse_to_overwrite(target: Path, force: bool) -> None:
 
 
 def _write(new: RewrittenModule, draft: Path) -> None:
-    tensors, table = _tensors_of(new)
+    tensors, table = tensors_of(new)
     safetensors.torch.save_file(tensors, draft / "weights.safetensors")
     programs = {id(program): program for program in new.programs.values()}
     order = list(programs)
@@ -155,63 +144,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _share(draft: Path) -> None:
-    """Give the folder and its files the usual permissions: a temporary folder is its owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    draft.chmod(0o777 & ~mask)
-    for path in draft.iterdir():
-        path.chmod(0o666 & ~mask)
-
-
-def _move_into_place(draft: Path, target: Path) -> None:
-    """Rename the finished draft to its name; an earlier save is moved aside first and then removed."""
-    if not target.exists():
-        draft.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "old"
-    target.rename(aside)
-    try:
-        draft.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
-
-
 def _mode_name(mode: bool) -> str:
     return "train" if mode else "eval"
-
-
-def _tensors_of(new: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors to store, each once, and for every name what it is."""
-    stored: dict[str, Tensor] = {}
-    first_name: dict[int, str] = {}
-    table: dict[str, Any] = {}
-    for name, value, facts in _named_tensors(new):
-        known = first_name.setdefault(id(value), name)
-        if known == name:
-            stored[name] = value.detach().clone(memory_format=torch.contiguous_format)
-        table[name] = facts | {"stored_as": known, "device": str(value.device)}
-    return stored, table
-
-
-def _named_tensors(new: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-    for prefix, module in new.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for name, value in module._parameters.items():
-            if value is not None:
-                yield dot + name, value, {"kind": "parameter", "requires_grad": value.requires_grad}
-        for name, value in module._buffers.items():
-            if value is not None:
-                yield (
-                    dot + name,
-                    value,
-                    {"kind": "buffer", "persistent": name not in module._non_persistent_buffers_set},
-                )
-        for name, value in constants_of(module).items():
-            yield dot + name, value, {"kind": "constant"}
 
 
 def _bodies_of(new: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -275,7 +209,8 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     facts = json.loads((path / "program.json").read_text())
     _import_output_classes(facts)
     _refuse_missing_devices(path, facts)
-    tree = _tree_from(facts, safetensors.torch.load_file(path / "weights.safetensors"))
+    tree = _tree_of_bodies(facts["bodies"])
+    add_tensors(tree, facts["tensors"], safetensors.torch.load_file(path / "weights.safetensors"))
     programs = [program_from_json(program) for program in facts["programs"]]
     for program in programs:
         for graph in (program.graph, program.original):
@@ -316,34 +251,12 @@ def _import_output_classes(facts: Mapping[str, Any]) -> None:
         register_dynamic_cache()
 
 
-def _tree_from(facts: Mapping[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:
+def _tree_of_bodies(bodies: Mapping[str, Any]) -> nn.Module:
     tree = nn.Module()
-    for name, body in facts["bodies"].items():
-        _holder(tree, name.rpartition(".")[0]).add_module(
-            name.rpartition(".")[2], fx.GraphModule(nn.Module(), graph_from_json(body)[0])
-        )
-    made: dict[str, Tensor] = {}
-    for name, entry in facts["tensors"].items():
-        source = entry["stored_as"]
-        if source not in made:
-            value = stored[source].to(entry["device"])
-            is_parameter = entry["kind"] == "parameter"
-            made[source] = nn.Parameter(value, entry["requires_grad"]) if is_parameter else value
-        holder, leaf = _holder(tree, name.rpartition(".")[0]), name.rpartition(".")[2]
-        if entry["kind"] == "buffer":
-            holder.register_buffer(leaf, made[source], persistent=entry["persistent"])
-        else:
-            setattr(holder, leaf, made[source])
+    for name, body in bodies.items():
+        parent, _, leaf = name.rpartition(".")
+        holder_of(tree, parent).add_module(leaf, fx.GraphModule(nn.Module(), graph_from_json(body)[0]))
     return tree
-
-
-def _holder(tree: nn.Module, name: str) -> nn.Module:
-    module = tree
-    for part in name.split(".") if name else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = attribute(module, part)
-    return module
 
 
 def _example_inputs(graph: fx.Graph, leaves: list[Any]) -> ExampleInputs:
