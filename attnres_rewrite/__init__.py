@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnres_rewrite.api import inspect, rewrite, verify
 from attnres_rewrite.artifact import load, save
+from attnres_rewrite.attached_rewrite import as_rewritten
 from attnres_rewrite.attachment import attach, detach, original
 from attnres_rewrite.backend import reset_stats, stats
 from attnres_rewrite.config import AttnResConfig
@@ -78,6 +79,7 @@ __all__ = [
     "StreamRegionError",
     "UnpreservedReadError",
     "VerifyReport",
+    "as_rewritten",
     "attach",
     "attnres_parameters",
     "build_pipeline",

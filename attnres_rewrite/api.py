@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from attnres_rewrite.capture import capture
+from attnres_rewrite.carried_config import warn_of_lost_reads
 from attnres_rewrite.config import AttnResConfig, check_config
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
@@ -82,6 +83,7 @@ def rewrite(
     say = progress or (lambda stage: None)
     inputs = ExampleInputs(*plain_inputs((tuple(args), dict(kwargs or {}))))
     captured = capture(model, inputs.args, inputs.kwargs, dynamic_shapes, progress=progress)
+    warn_of_lost_reads(model)
     if isinstance(model, nn.Module):
         captured = refuse_other_sizes_of_one(model, captured, inputs)
     say("find the stream, plan the blocks, insert and schedule the reads")
@@ -125,6 +127,7 @@ def inspect(
     if dynamic_shapes is None and _is_meta(model):
         dynamic_shapes = {}  # a program of meta tensors never runs
     captured = capture(model, args, kwargs, dynamic_shapes, both_modes=False, progress=progress)
+    warn_of_lost_reads(model)
     say("find the stream, plan the blocks, schedule the reads")
     start = time.perf_counter()
     own = plan_program(captured.programs[captured.training], config)

@@ -8,14 +8,11 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 (backend.py) replaces the stream there. Uncompiled, that forward raises.
 """
 
-import copy
 import functools
 import inspect
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +20,15 @@ from torch import nn
 
 from attnres_rewrite.api import plan_program, report_plans
 from attnres_rewrite.capture import capture, refuse_rewritten
-from attnres_rewrite.config import AttnResConfig, check_config, config_from, describe_config
-from attnres_rewrite.errors import ArtifactError, NotAttachedError, NotCompiledError, explain
+from attnres_rewrite.carried_config import config_for, folder_with_queries, forget_config, note_config
+from attnres_rewrite.config import AttnResConfig, check_config
+from attnres_rewrite.errors import NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 from attnres_rewrite.inputs import check_inputs_given
 from attnres_rewrite.kernels.routes import is_exporting
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters, refuse_taken_names
-from attnres_rewrite.read_parameters import attnres_parameters, holds_attnres_parameters, load_attnres_parameters
+from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -86,9 +84,9 @@ def attach(
     if config is not None:
         check_config(config)
     refuse_rewritten(model)
-    folder = _folder_with_queries(model)
-    config = _config_for(model, config, folder)
-    captured = capture(model, args, _inputs(model, args, kwargs), {}, both_modes=False)
+    folder = folder_with_queries(model)
+    config = config_for(model, config, folder)
+    captured = capture(model, args, inputs_for(model, args, kwargs, "attach"), {}, both_modes=False)
     planned = plan_program(captured.programs[captured.training], config)
     report = report_plans(model, config, captured, planned)
     attachment = Attachment(config, tuple(_attached_stream(model, plan) for plan in planned.plans))
@@ -101,7 +99,7 @@ def attach(
     except BaseException:
         _take_off(model, attachment)
         raise
-    _note_config(model, config)
+    note_config(model, config)
     _register_backend()
     return report
 
@@ -117,22 +115,24 @@ def detach(model: nn.Module) -> None:
     Raises:
         NotAttachedError: There is nothing to take off.
     """
-    parts = list(_attached_parts(model))
+    parts = list(attached_parts(model))
     for part in parts:
         _refuse_changed_class(part)
     for part in parts:
         _take_off(part, Attachment.from_json(part._attnres_facts))
         # of model.compile(backend="attnres"), which would refuse the model from now on
         part._compiled_call_impl = None
-        if is_huggingface(part):
-            part.config.__dict__.pop(_CONFIG_KEY, None)  # type: ignore[union-attr]
+        forget_config(part)
 
 
 def _take_off(model: Any, attachment: Attachment) -> None:
     """Undo what attach() did so far."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in attachment.parameter_names:
-        owner = model.get_submodule(name.rpartition("attn_res.")[0].rstrip("."))
-        owner._modules.pop("attn_res", None)
+        owner = modules.get(name.rpartition("attn_res.")[0].rstrip("."))
+        # a layer that was taken out since took its reads with it
+        if owner is not None:
+            owner._modules.pop("attn_res", None)
     for field in ("_attnres_facts", "_attnres_names", "_attnres_original"):
         model.__dict__.pop(field, None)
     if hasattr(model, "_attnres_base"):
@@ -160,7 +160,7 @@ def original(model: nn.Module) -> Generator[None]:
     Raises:
         NotAttachedError: No part of `model` is attached.
     """
-    parts = list(_attached_parts(model))
+    parts = list(attached_parts(model))
     before = [part._attnres_original for part in parts]
     token = _running_originals.set(_running_originals.get() + 1)
     try:
@@ -193,68 +193,12 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _folder_with_queries(model: Any) -> Path | None:
-    """Return the folder that from_pretrained() read, when it holds queries; the model had no place for them."""
-    if not is_huggingface(model) or not model.name_or_path:
-        return None
-    folder = Path(model.name_or_path)
-    return folder if folder.is_dir() and holds_attnres_parameters(folder) else None
-
-
-def _config_for(model: Any, config: AttnResConfig | None, folder: Path | None) -> AttnResConfig:
-    """Return the config to attach with: the given one, or the one that a transformers config carries.
+def inputs_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, caller: str) -> dict[str, Any]:
+    """Return the inputs by name to capture `model` with; without any, those that a transformers model takes.
 
     Raises:
-        ArtifactError: There are queries, and nothing says what they belong to.
-        ValueError: Both are there, and differ.
+        ValueError: There are none, and it is no transformers model.
     """
-    carried = getattr(model.config, _CONFIG_KEY, None) if is_huggingface(model) else None
-    try:
-        own = None if carried is None else config_from(carried)
-    except TypeError as error:
-        raise ArtifactError(
-            explain(
-                f"attn_res in the config of this {type(model).__name__} is of another release",
-                None,
-                f"{error}. It holds {carried}.",
-            )
-        ) from error
-    if own is not None and config is not None and own != config:
-        raise ValueError(f"config={config} contradicts the one this model was saved with, {own}; leave config out")
-    if own is None and config is None and folder is not None:
-        raise ArtifactError(
-            explain(
-                f"the queries of this {type(model).__name__} were saved, and the config they belong to was not",
-                str(folder),
-                "Its config.json has no attn_res, or from_pretrained() was given another config.",
-                "Give the config of the training run, attach(model, config); the queries are then loaded.",
-            )
-        )
-    if own is not None and folder is None:
-        warnings.warn(
-            "attnres_rewrite: this model was saved with queries, which from_pretrained() left out, and they are zero "
-            "now; load them with load_attnres_parameters(model, folder)",
-            stacklevel=3,
-        )
-    return config or own or AttnResConfig()
-
-
-# in the config of a transformers model, and so in its config.json
-_CONFIG_KEY = "attn_res"
-
-
-def _note_config(model: Any, config: AttnResConfig) -> None:
-    """Note the config where transformers saves it: in a copy, because other models may share the object."""
-    if not is_huggingface(model):
-        return
-    shared, own = model.config, copy.copy(model.config)
-    setattr(own, _CONFIG_KEY, describe_config(config))
-    for part in model.modules():
-        for name in [name for name, value in vars(part).items() if value is shared]:
-            setattr(part, name, own)
-
-
-def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if args or kwargs is not None:
         return dict(kwargs or {})
     if is_huggingface(model):
@@ -262,8 +206,8 @@ def _inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         return example_inputs(model, BATCH, SEQ) | ({"use_cache": False} if takes_cache else {})
     raise ValueError(
-        f"attach() captures {type(model).__name__} once to find its stream: give example inputs, "
-        "attach(model, config, args=(ids,))"
+        f"{caller}() captures {type(model).__name__} to find its stream: give example inputs, "
+        f"{caller}(model, args=(ids,))"
     )
 
 
@@ -301,10 +245,9 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     if is_exporting():
         raise NotCompiledError(
             "an attached model is not exported: its forward is still the original's\n"
-            "  keep its state_dict(), detach() it, rewrite() it, load the state dict into the result, and export that; "
-            "see Serving in docs/ways.md"
+            "  export attnres_rewrite.as_rewritten(model, args), which has its parameters; see Serving in docs/ways.md"
         )
-    parameters = [_parameter(model, name) for name in model._attnres_names]
+    parameters = [parameter_of(model, name) for name in model._attnres_names]
     if any(isinstance(parameter, torch.fx.Proxy) for parameter in parameters):
         raise NotCompiledError(
             "torch.fx.symbolic_trace of an attached model would give the original's graph\n"
@@ -318,8 +261,12 @@ def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return mark_inputs(parameters, model._attnres_facts, args, kwargs)
 
 
-def _parameter(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a query or gain; torch.func.functional_call puts plain tensors in their places."""
+def parameter_of(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a query or gain; torch.func.functional_call puts plain tensors in their places.
+
+    Raises:
+        NotAttachedError: It is gone.
+    """
     module, _, kind = name.rpartition(".")
     try:
         return getattr(model.get_submodule(module), kind)
@@ -334,7 +281,12 @@ def _rebuilt(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _attached_parts(model: nn.Module) -> Iterator[Any]:
+def attached_parts(model: nn.Module) -> Iterator[Any]:
+    """Yield the attached modules in `model`, itself among them.
+
+    Raises:
+        NotAttachedError: There is none.
+    """
     found = [part for part in model.modules() if isinstance(part, Attached) and part._attnres_facts is not None]
     if not found:
         raise _not_attached(model)

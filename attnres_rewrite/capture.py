@@ -71,6 +71,8 @@ def capture(
         raise TypeError(f"model is a {type(model).__name__}; give an nn.Module, ExportedProgram or GraphModule")
     refuse_rewritten(model)
     _refuse_inference_mode()
+    if isinstance(model, nn.Module):
+        _refuse_distributed(model)
     if isinstance(model, ExportedProgram):
         say("capture (exported program)")
         return _from_program(model, "torch.export.ExportedProgram", start)
@@ -127,7 +129,7 @@ def refuse_rewritten(model: object) -> None:
                     "the model was rewritten already",
                     name,
                     "Its reads mix the depth now, so it has no plain residual stream left.",
-                    "Use the original model, or detach() this one; a saved rewrite is read with attnres_rewrite.load.",
+                    "Use the original model, or detach() this one; as_rewritten() is the rewrite of an attached one.",
                 )
             )
 
@@ -142,6 +144,31 @@ def _refuse_inference_mode() -> None:
                 "Call this outside of it; torch.no_grad() does no harm.",
             )
         )
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    """Raise CaptureError for what works with other processes or devices as it is called."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            kind = type(part).__name__
+            raise CaptureError(
+                explain(
+                    f"{kind} is around the model, and what it does between processes or devices is no part of a graph",
+                    name or None,
+                    "",
+                    f"Give the model in it, its .module, and put {kind} around the result.",
+                )
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise CaptureError(
+                explain(
+                    "the parameters are sharded (DTensor), and a graph is captured from whole ones",
+                    name,
+                    "",
+                    "Give the whole model; unflatten() makes layers of the result, which fully_shard takes.",
+                )
+            )
 
 
 def _refuse_other_device(model: nn.Module, inputs: Any) -> None:

@@ -6,7 +6,6 @@ alone. Sums are added up in float64, so that memory does not grow with the numbe
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -14,14 +13,12 @@ from torch import Tensor, fx, nn
 
 from attnres_rewrite.baseline import own_values, twin_values
 from attnres_rewrite.batches import Loss, inputs_of, loss_of, naming_batch
-from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.diagnosis import MAX_LISTED, Diagnosis, ReadDiagnosis, StreamDiagnosis, UpdateDiagnosis
 from attnres_rewrite.errors import NotRewrittenError, explain
 from attnres_rewrite.example_values import program_with_values
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import flat_inputs
-from attnres_rewrite.mark import Attachment
 from attnres_rewrite.module import ModalModule, Program, RewrittenModule
 from attnres_rewrite.passes.insert_reads import insert_reads
 from attnres_rewrite.records import BlockPlan, ReadPlan
@@ -166,26 +163,16 @@ def _what_it_is(other: object) -> tuple[str, str]:
         return f"This is a {kind} around one.", "Give the RewrittenModule itself: it shares its parameters."
     for name, part in other.named_modules() if isinstance(other, nn.Module) else ():
         # its own: what torch.compile returns passes on the attributes of the model in it
-        if facts := vars(part).get("_attnres_facts"):
+        if vars(part).get("_attnres_facts"):
             why = f"This is a {kind} with reads that attach() added; they run under torch.compile alone."
-            return why, _recipe(
-                f'model.get_submodule("{name}")' if name else "model", Attachment.from_json(facts).config
+            attached = f'model.get_submodule("{name}")' if name else "model"
+            return (
+                why,
+                f"Diagnose  attnres_rewrite.as_rewritten({attached}, args, kwargs)  , which has the same parameters.",
             )
     if isinstance(other, ModalModule):
         return f"This is a {kind}.", "Diagnose the rewrite it was made of: new.load_state_dict(model.state_dict())."
     return f"This is a {kind}.", "Add  new = attnres_rewrite.rewrite(model, args)  and diagnose that."
-
-
-def _recipe(model: str, config: AttnResConfig) -> str:
-    """Spell the code that makes a rewrite with the reads of an attached model."""
-    chosen = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
-    spelled = ", ".join(f"{name}={getattr(config, name)!r}" for name in chosen)
-    return f"""Diagnose a rewrite of its copy, of the same parameters; args and kwargs are example inputs:
-    twin = copy.deepcopy({model})
-    attnres_rewrite.detach(twin)
-    new = attnres_rewrite.rewrite(twin, args, kwargs, attnres_rewrite.AttnResConfig({spelled}))
-    new.load_state_dict({model}.state_dict())
-    diagnosis = attnres_rewrite.diagnose(new.eval(), batches)"""
 
 
 def _sides(new: RewrittenModule, program: Program, baseline: Baseline) -> list[Side]:

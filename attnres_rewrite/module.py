@@ -162,6 +162,8 @@ def require_rewritten(new: object, function: str) -> None:
     hint = ""
     if isinstance(new, ModalModule):
         hint = ". Give it the rewrite this was made of, after new.load_state_dict(model.state_dict())"
+    elif isinstance(new, nn.Module) and any("_attnres_facts" in vars(part) for part in new.modules()):
+        hint = ". Of an attached model, give it as_rewritten(model, args)"
     raise TypeError(f"{function}() takes what rewrite() or load() returned; this is a {kind}{hint}")
 
 

@@ -1,4 +1,4 @@
-"""Serve an attached model: rewrite it with the queries that it trained, export it to one file, run the file."""
+"""Serve an attached model: take its rewrite, of the same parameters, export it to one file, run the file."""
 
 import tempfile
 from pathlib import Path
@@ -28,11 +28,7 @@ def main() -> None:
         wanted = compiled(request)
 
     # An attached model is its own code and a compiler; a rewritten one is a graph, with the same parameters.
-    state = model.state_dict()
-    ar.detach(model)
-    new = ar.rewrite(model, args=(ids,), config=config)
-    new.load_state_dict(state)
-    new.eval()
+    new = ar.as_rewritten(model, args=(ids,)).eval()
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gpt.pt2"
@@ -42,7 +38,9 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size:,} bytes, captured with ids {list(ids.shape)}")
 
     with torch.no_grad():
-        found, plain = served(request), model(request)
+        found = served(request)
+        with ar.original(model):
+            plain = model(request)
     error, effect = ((found - other).abs().max().item() for other in (wanted, plain))
     print(f"ids {list(request.shape)}: {error:.0e} from the attached model, {effect:.2f} from the one without reads")
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -39,6 +39,15 @@ class Doubled(nn.Module):
         return weight * 2
 
 
+def test_detach_of_a_model_that_lost_a_layer_since():
+    model = Gpt(depth=2)
+    ar.attach(model, ar.AttnResConfig(num_blocks=2), (torch.zeros(1, 4, dtype=torch.long),))
+    model.layers = model.layers[:1]
+    ar.detach(model)
+    assert type(model) is Gpt
+    assert not any("attn_res" in name for name in model.state_dict())
+
+
 def test_detach_of_a_model_whose_class_was_changed_after_attach():
     model = Gpt(depth=1)
     model.scale = nn.Parameter(torch.ones(3))

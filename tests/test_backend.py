@@ -1,7 +1,5 @@
-"""torch.compile(backend="attnres"): what rewrite() computes, in every way a model is run; refusals; caches."""
+"""torch.compile(backend="attnres"): what rewrite() computes, in every way a model is run; caches."""
 
-import copy
-import inspect
 import os
 import subprocess
 import sys
@@ -15,12 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
 from attnres_rewrite import functional
-from tests.networks import VOCAB, WIDTH, Block, Gpt
+from tests.attached import CONFIG, QUICK, assert_same, attached, ids, small
+from tests.networks import Gpt
 
-CONFIG = ar.AttnResConfig(num_blocks=2)
-QUICK = {"backend": "attnres", "options": {"backend": "aot_eager"}}
 PARTITIONED = {"backend": "attnres", "options": {"backend": "aot_eager_decomp_partition"}}
-ids = torch.arange(16).reshape(2, 8) % VOCAB
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")
 
 
@@ -28,36 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")
 def _nothing_compiled():
     torch._dynamo.reset()
     ar.reset_stats()
-
-
-def small(depth=2, **options):
-    return Gpt(depth=depth, **options).double()
-
-
-def attached(model=None, config=CONFIG, **options):
-    """Return a compiled model with random queries and gains, and the rewrite it must be equal to."""
-    model = model or small()
-    new = ar.rewrite(copy.deepcopy(model), (ids,), config=config, verify=False, dynamic_shapes={})
-    ar.attach(model, config, (ids,))
-    with torch.no_grad():
-        for parameter in ar.attnres_parameters(model):
-            parameter.add_(torch.randn_like(parameter))
-    new.load_state_dict(model.state_dict())
-    model.compile(**(options or QUICK))
-    return model, new.train(model.training)
-
-
-def assert_same(model, new, **tolerance):
-    found, wanted = model(ids), new(ids)
-    torch.testing.assert_close(found, wanted, **tolerance)
-    weights = torch.randn_like(wanted)
-    for module, out in ((model, found), (new, wanted)):
-        module.zero_grad()
-        (out * weights).sum().backward()
-    gradients = dict(new.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        torch.testing.assert_close(parameter.grad, gradients[name].grad, **tolerance)
 
 
 def _num_kept(model):
@@ -285,123 +251,6 @@ class TestStats:
         assert ar.stats()["plain graphs"] == 1
 
 
-class BreaksInTheMiddle(Gpt):
-    def forward(self, ids):
-        x = self.embed(ids)
-        for number, layer in enumerate(self.layers):
-            if number == 2:
-                torch._dynamo.graph_break()
-            x = layer(x)
-        return self.head(self.norm(x))
-
-
-class Deep(Gpt):
-    """Calls its first layer twice when told to."""
-
-    def forward(self, ids, again=False):
-        x = self.embed(ids)
-        for layer in (self.layers[0], *self.layers) if again else self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
-
-
-class Parallel(nn.Module):
-    """Attention and MLP side by side: nothing reads the state between them, unless it is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers, self.last, self.norm = nn.ModuleList([Block(), Block()]), Block(), nn.LayerNorm(WIDTH)
-
-    def forward(self, x, states=False):
-        between = x
-        for layer in self.layers:
-            h = layer.norm_1(x)
-            between = x + layer.attn(h)
-            x = between + layer.mlp(h)
-        x = self.last(x)
-        return (self.norm(x), self.norm(between)) if states else self.norm(x)
-
-
-class TestRefusals:
-    def refusal(self, model, *args, **kwargs):
-        with pytest.raises(BackendCompilerFailed) as caught:
-            model(*args, **kwargs)
-        return str(caught.value)
-
-    def test_a_model_that_was_not_attached(self):
-        text = self.refusal(torch.compile(Gpt(), **QUICK), ids)
-        assert "NotAttachedError" in text
-        assert "attnres_rewrite.attach(model, attnres_rewrite.AttnResConfig(num_blocks=8))" in text
-
-    def test_a_graph_break_in_the_stream(self):
-        model = BreaksInTheMiddle()
-        ar.attach(model, CONFIG, (ids,))
-        model.compile(**QUICK)
-        text = self.refusal(model, ids)
-        lines, first = inspect.getsourcelines(BreaksInTheMiddle)
-        (line,) = [first + offset for offset, line in enumerate(lines) if "graph_break()" in line]
-        assert "GraphBreakError: a graph break cuts the stream" in text
-        assert "User-inserted graph break" in text
-        assert f"{Path(__file__).name}:{line}\n" in text
-        assert ar.stats() == {}
-
-    def test_a_graph_break_inside_a_compiled_function(self):
-        model = BreaksInTheMiddle()
-        ar.attach(model, CONFIG, (ids,))
-        assert "GraphBreakError" in self.refusal(torch.compile(lambda ids: model(ids) * 2, **QUICK), ids)
-
-    def test_another_stream_than_was_attached(self):
-        model = Deep(depth=2)
-        ar.attach(model, CONFIG, (ids,))
-        model.compile(**QUICK)
-        model(ids)
-        text = self.refusal(model, ids, again=True)
-        assert "StreamMismatchError" in text
-        assert "6 updates and width 16; attach() found a stream of 4 updates" in text
-
-    def test_a_state_that_has_no_query(self):
-        model, x = Parallel(), torch.randn(2, 3, WIDTH)
-        ar.attach(model, CONFIG, (x,))
-        model.compile(**QUICK)
-        model(x)
-        text = self.refusal(model, x, states=True)
-        assert "StreamMismatchError: this call reads state 3 of stream" in text
-        assert "make the model return the same things" in text
-
-    def test_two_calls_in_one_function(self):
-        model, _ = attached()
-        model._compiled_call_impl = None
-        assert "2 calls of attached models" in self.refusal(torch.compile(lambda i: model(i) + model(i), **QUICK), ids)
-
-    def test_another_backend_around_it(self):
-        model, _ = attached()
-        with pytest.raises(ar.NotCompiledError):
-            torch.compile(lambda ids: model(ids) * 2, backend="aot_eager")(ids)
-
-    @pytest.mark.parametrize(
-        ("options", "says"),
-        [
-            ({"num_blocks": 4}, "'num_blocks': 4} contradicts attach(), which was given 2"),
-            ({"num_blokcs": 2}, "unknown options ['num_blokcs']"),
-            ({"backend": "attnres"}, "inside itself"),
-            ({"backend": "nonesuch"}, "Invalid backend"),
-            ({"backend": "aot_eager", "max_autotune": True}, "['max_autotune'] would be Inductor's"),
-        ],
-    )
-    def test_options(self, options, says):
-        model, _ = attached(backend="attnres", options=options)
-        assert says in self.refusal(model, ids)
-
-    def test_options_that_agree_with_attach(self):
-        model, new = attached(backend="attnres", options={"backend": "aot_eager", "num_blocks": 2, "output": "sum"})
-        torch.testing.assert_close(model(ids), new(ids))
-
-    def test_a_checkpoint_without_queries(self):
-        model, _ = attached()
-        with pytest.raises(RuntimeError, match=r"Missing key.*layers\.0\.attn_res\.0\.query"):
-            model.load_state_dict(Gpt().state_dict())
-
-
 def test_the_entry_point_needs_no_import(tmp_path):
     code = (
         "import torch\n"
@@ -417,6 +266,7 @@ def test_the_entry_point_needs_no_import(tmp_path):
 CACHED = """
 import sys, torch
 import attnres_rewrite as ar, attnres_rewrite.backend as backend
+from tests.attached import CONFIG, QUICK, assert_same, attached, ids, small
 from tests.networks import Gpt
 from torch._dynamo.utils import counters
 backend.__version__ = sys.argv[2]

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import attnres_rewrite as ar
 from attnres_rewrite.capture import capture
@@ -307,3 +309,24 @@ def test_a_program_that_drops_at_random_is_of_train_mode(draw):
 
     program = torch.export.export(Dropping(), (torch.randn(2, 4, WIDTH),))
     assert list(capture(program).programs) == [True]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_wrapper_of_several_processes_is_refused(one_process):
+    model = nn.parallel.DistributedDataParallel(Gpt(depth=1))
+    with pytest.raises(ar.CaptureError, match=r"DistributedDataParallel is around .*\n.*its \.module, and put"):
+        capture(model, (ids(),))
+    with pytest.raises(ar.CaptureError, match=r"DataParallel is around the model.*, at 0"):
+        capture(nn.Sequential(nn.DataParallel(Gpt(depth=1))), (ids(),))
+
+
+def test_sharded_parameters_are_refused(one_process):
+    model = fully_shard(Gpt(depth=1), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ar.CaptureError, match=r"sharded \(DTensor\).*, at embed\.weight"):
+        capture(model, (ids(),))

@@ -19,6 +19,7 @@ LEVELS = (
         "copying",
         "model_state",
         "mark",
+        "whole_folder",
         "kernels",
         "functional",
         "keyed_random",
@@ -45,7 +46,9 @@ LEVELS = (
         "artifact",
         "graph_json",
         "program_json",
+        "tensor_tree",
         "read_parameters",
+        "carried_config",
         "api",
         "batches",
         "baseline",
@@ -58,7 +61,7 @@ LEVELS = (
         "page",
         "unflatten",
     },
-    {"attachment", "backend", "cli"},
+    {"attachment", "attached_rewrite", "backend", "cli"},
     {"__init__", "__main__"},
 )
 FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "model_state", "module", "report"}
@@ -71,7 +74,17 @@ EXCEPTIONS = {
     "verify": PROOFS,
     "lifted": PROOFS,
     "witness": PROOFS,
-    "cli": {"cli", "__init__", "errors", "source_lines", "report", "example_inputs", "diagnosis", "plots"},
+    "cli": {
+        "cli",
+        "__init__",
+        "errors",
+        "source_lines",
+        "report",
+        "example_inputs",
+        "carried_config",
+        "diagnosis",
+        "plots",
+    },
 }
 ONLY_IN = {
     "triton": {"kernels"},

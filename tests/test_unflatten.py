@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import attnres_rewrite as ar
@@ -214,3 +214,49 @@ def train_sharded(whole: bool) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["layers", "whole"])
 def test_sharded_parameters(whole):
     run_on_ranks(2, train_sharded, whole)
+
+
+def train_in_half(layers: nn.ModuleList, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Shard on one process with parameters gathered in bfloat16; return the losses of some steps."""
+    mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for layer in layers.children():
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")
+def test_parameters_gathered_in_bfloat16_of_a_model_that_casts(tmp_path):
+    """The recipe of docs/ways.md: the graph is captured in the precision in which it will run."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCAB, **sizes, use_cache=False))
+    plain, batch = copy.deepcopy(model), {"input_ids": ids(), "labels": ids()}
+
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    new = ar.rewrite(model, kwargs=batch, config=ar.AttnResConfig(num_blocks=2))
+    assert new.report.verify.passed
+    model = ar.unflatten(new, "model.layers.*")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all("attn_res" in name for name in missing)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found, wanted = train_in_half(model.model.layers, model, batch), train_in_half(plain.model.layers, plain, batch)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found[2] < found[0]
+    assert found[0] == pytest.approx(wanted[0], rel=2e-3)
