@@ -4,7 +4,6 @@ The data file is the user's code: its factory returns an iterable of batches, or
 """
 
 import inspect
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Annotated, Any, cast
 import typer
 
 import attnres_rewrite as ar
-from attnres_rewrite.cli import app as shared
-from attnres_rewrite.cli import load, render
-from attnres_rewrite.cli.targets import refuse_existing
+from attnres_rewrite.cli import load, options, render
+from attnres_rewrite.cli.exit_codes import exit_code_of
+from attnres_rewrite.cli.rewriting import rewritten
+from attnres_rewrite.cli.targets import refuse_unwritable_folder
 from attnres_rewrite.errors import ArtifactError, ModelSpecError, RewriteError, explain
 
 DATA_FACTORIES = ("batches", "make_batches", "data", "loader")
@@ -53,33 +53,26 @@ class _Data:
     loss_fn: Callable[[Any, Any], Any] | None = None
 
 
-@shared.app.command(
-    epilog=shared._epilog(
-        "diagnose gpt.attnres --data my_data.py:validation --batches 50",
-        "diagnose gpt.attnres --data my_data.py --baseline twin.safetensors -o figures",
-        "diagnose examples/gpt.py --blocks 4 --no-plots --json",
-    )
+EXAMPLES = (
+    "diagnose gpt.attnres --data my_data.py:validation --batches 50",
+    "diagnose gpt.attnres --data my_data.py --baseline twin.safetensors -o figures",
+    "diagnose examples/gpt.py --blocks 4 --no-plots --json",
 )
+
+
+@options.plans(without=("schedule",))
 def diagnose(
-    model: shared.Model,
+    model: options.Model,
+    config: "ar.AttnResConfig",
     data: Data = None,
     batches: Batches = None,
     baseline: BaselinePath = None,
-    blocks: shared.Blocks = None,
-    block_size: shared.BlockSize = None,
-    block_layers: shared.BlockLayers = None,
-    output: shared.Output = "sum",
-    no_key_norm: shared.NoKeyNorm = False,
-    heads: shared.Heads = 1,
-    key_rank: shared.KeyRank = None,
-    gate: shared.Gate = False,
-    recency_bias: shared.RecencyBias = 0.0,
-    batch: shared.Batch = None,
-    seq: shared.Seq = None,
+    batch: options.Batch = None,
+    seq: options.Seq = None,
     no_plots: NoPlots = False,
     path: Folder = None,
     force: ForceFolder = False,
-    as_json: shared.AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show what MODEL learnt to read: depth-attention weights, magnitudes and gradients, beside the original network.
 
@@ -89,17 +82,18 @@ def diagnose(
     """
     from attnres_rewrite import plots
 
-    variant = heads, key_rank, gate, recency_bias
-    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     target = path or Path(f"{load.name_of(model)}.diagnosis")
-    _check_folder(target, force)
+    refuse_unwritable_folder(target, force)
     if not no_plots:
         plots.require_matplotlib()
     with render.working("load the data"):
         given = None if data is None else _load_data(data)
-    found = shared._load(model, config, False, batch, seq)
+    found = options.load_model(model, config, False, batch, seq)
     twin = None if baseline is None else _load_twin(baseline)
-    new = _rewritten(model, found, config)
+    with render.working("capture") as stage:
+        new = rewritten(found, config, stage, verify=False)
+    if found.kind == "original":
+        render.warning(f"{model} is no rewrite: it was rewritten here, unproven, and all its queries are zero")
     if True in new.programs and False not in new.programs:
         render.warning("the model was captured in train mode only, so its dropout is in the figures")
     else:
@@ -160,30 +154,6 @@ def _plots_there(target: Path, diagnosis: "ar.Diagnosis") -> list[Path]:
         before = diagnosis  # damaged; names follow from those of the streams, as a rule the same
     files = {*plots.plot_files(before, target), *plots.plot_files(diagnosis, target)}
     return sorted(path for path in files if path.is_file())
-
-
-def _check_folder(target: Path, force: bool) -> None:
-    """Refuse before the work a folder that cannot be written, or is not to be."""
-    refuse_existing(target, force)
-    if target.exists() and not target.is_dir():
-        raise ArtifactError(explain(f"{target} is no folder", remedy="-o names a folder."))
-    folder = target if target.exists() else target.parent
-    try:
-        # permissions do not tell: a root user passes them all, and a read-only file system has its own mind
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as why:
-        remedy = "-o names another folder."
-        raise ArtifactError(explain(f"{folder} cannot be written", None, str(why), remedy)) from why
-
-
-def _rewritten(model: str, found: load.Loaded, config: "ar.AttnResConfig") -> "ar.RewrittenModule":
-    if load.is_artifact(model):
-        return found.model
-    with render.working("capture") as stage:
-        new = ar.rewrite(found.model, found.args, found.kwargs, config, verify=False, progress=stage)
-    render.warning(f"{model} is no rewrite: it was rewritten here, nothing was proven, and all its queries are zero")
-    return new
 
 
 def _load_data(spec: str) -> _Data:
@@ -269,7 +239,7 @@ def _blaming_batch(spec: str) -> Generator[None]:
         yield
     except Exception as why:
         notes: list[str] = getattr(why, "__notes__", [])
-        if shared.exit_code_of(why) is not None or not notes:
+        if exit_code_of(why) is not None or not notes:
             raise
         raise ModelSpecError(
             explain(f"{spec} has a batch that cannot be run", None, load._brief(why), notes[-1])

@@ -1,7 +1,8 @@
 """A MODEL argument -> the model, and example inputs to capture it with.
 
 FILE.py[:factory], package.module:factory    what the factory returns; runs that code
-a folder with config.json                    a Hugging Face model, see huggingface.py
+a folder with config.json                    a Hugging Face model, see huggingface.py; one that was attached when it
+                                             was saved is trained
 X.pt2                                        an exported program and its own example inputs; may unpickle
 a folder with attnres.json                   a saved rewrite
 """
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from attnres_rewrite.errors import ModelSpecError, explain
 
@@ -27,14 +28,22 @@ FORMS = "MODEL is FILE.py[:factory], package.module:factory, a folder with a con
 RETURNS = "A factory returns a module, or (module, args), or (module, args, kwargs)."
 
 
+Kind = Literal["original", "rewrite", "attached", "trained"]
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model, the inputs to capture it with, and what its user should know about it."""
+    """A model, the inputs to capture it with, and what its user should know about it.
+
+    kind: "original"; "rewrite", what `save` wrote or rewrite() returned; "attached", by attach(); or "trained", an
+    original whose folder has queries for it.
+    """
 
     model: Any  # nn.Module or torch.export.ExportedProgram
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
+    kind: Kind = "original"
 
 
 def load(spec: str, *, meta: bool = False, batch: int | None = None, seq: int | None = None) -> Loaded:
@@ -100,18 +109,22 @@ def _load_folder(path: Path, meta: bool, batch: int | None, seq: int | None) -> 
                 remedy=FORMS,
             )
         )
+    from attnres_rewrite.carried_config import carries_config, folder_with_queries
     from attnres_rewrite.cli import huggingface
     from attnres_rewrite.example_inputs import example_inputs
 
     model, notes = huggingface.build(path, meta=meta)
     inputs = example_inputs(model, batch or BATCH, seq or SEQ)
+    if carries_config(model) or folder_with_queries(model) is not None:
+        notes = (*notes, f"{path} was trained with Attention Residuals: what follows is of its own reads")
+        return Loaded(model, (), inputs, notes, "trained")
     return Loaded(model, (), inputs, notes)
 
 
 def _load_artifact(path: Path) -> Loaded:
     import attnres_rewrite as ar
 
-    return Loaded(ar.load(path))
+    return Loaded(ar.load(path), kind="rewrite")
 
 
 def _load_exported(path: Path) -> Loaded:
@@ -213,7 +226,19 @@ def _from_factory(spec: str, module: ModuleType, factory: Any, batch: int | None
         return _with_inputs(spec, items[0], where, batch, seq)
     _refuse_sizes(batch is not None or seq is not None, spec)
     kwargs: dict[str, Any] = items[2] if len(items) == 3 and items[2] is not None else {}
-    return Loaded(items[0], items[1], kwargs)
+    return Loaded(items[0], items[1], kwargs, kind=_kind_of(items[0]))
+
+
+def _kind_of(model: Any) -> Kind:
+    import attnres_rewrite as ar
+
+    if isinstance(model, ar.RewrittenModule):
+        return "rewrite"
+    try:
+        ar.attnres_parameters(model)
+    except ar.NotAttachedError:
+        return "original"
+    return "attached"
 
 
 def _call(spec: str, factory: Any, where: str) -> object:
@@ -257,9 +282,12 @@ def _with_inputs(spec: str, model: Any, where: str, batch: int | None, seq: int 
 
     from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 
+    kind = _kind_of(model)
     if is_huggingface(model):
-        return Loaded(model, (), example_inputs(model, batch or BATCH, seq or SEQ))
+        return Loaded(model, (), example_inputs(model, batch or BATCH, seq or SEQ), kind=kind)
     _refuse_sizes(batch is not None or seq is not None, spec)
+    if kind == "rewrite":
+        return Loaded(model, kind=kind)
     if not isinstance(model, nn.Module):
         return _with_own_inputs(spec, model)
     if required := required_arguments(model.forward):

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 import attnres_rewrite as ar
-from attnres_rewrite.cli import app as shared
-from attnres_rewrite.cli import load, render
-from attnres_rewrite.cli.targets import model_file, refuse_same_file
-from attnres_rewrite.errors import ArtifactError, explain
+from attnres_rewrite.cli import options, render
+from attnres_rewrite.cli.rewriting import rewritten
+from attnres_rewrite.cli.targets import model_file, refuse_same_file, refuse_unwritable_file
+from attnres_rewrite.errors import ArtifactError
 
 Ranks = Annotated[int, typer.Option(metavar="P", help="Processes of the pipeline.", show_default=False)]
 Virtual = Annotated[int, typer.Option(metavar="V", help="Stages of each process.")]
@@ -36,35 +36,26 @@ Microbatches = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that are there already.")]
 PICTURES = (".svg", ".png", ".pdf")
-
-
-@shared.app.command(
-    epilog=shared._epilog(
-        "partition examples/gpt.py --ranks 2 --virtual 2 --plot gpt.svg",
-        "partition hf_folder --ranks 4 --cuts model.layers.3,model.layers.6,model.layers.9",
-        "partition examples/kimi_linear_48b --meta --block-size 6 --ranks 8 --virtual 2 --json -o plan.json",
-    )
+EXAMPLES = (
+    "partition examples/gpt.py --ranks 2 --virtual 2 --plot gpt.svg",
+    "partition hf_folder --ranks 4 --cuts model.layers.3,model.layers.6,model.layers.9",
+    "partition examples/kimi_linear_48b --meta --block-size 6 --ranks 8 --virtual 2 --json -o plan.json",
 )
+
+
+@options.plans(without=("schedule",))
 def partition(
-    model: shared.Model,
+    model: options.Model,
     ranks: Ranks,
+    config: "ar.AttnResConfig",
     virtual: Virtual = 1,
     cuts: Cuts = "balanced",
     pipeline_schedule: PipelineSchedule = None,
     mode: Mode = "exact",
-    blocks: shared.Blocks = None,
-    block_size: shared.BlockSize = None,
-    block_layers: shared.BlockLayers = None,
-    output: shared.Output = "sum",
-    no_key_norm: shared.NoKeyNorm = False,
-    heads: shared.Heads = 1,
-    key_rank: shared.KeyRank = None,
-    gate: shared.Gate = False,
-    recency_bias: shared.RecencyBias = 0.0,
-    meta: shared.Meta = False,
-    batch: shared.Batch = None,
-    seq: shared.Seq = None,
-    as_json: shared.AsJson = False,
+    meta: options.Meta = False,
+    batch: options.Batch = None,
+    seq: options.Seq = None,
+    as_json: options.AsJson = False,
     target: Target = None,
     plot: Plot = None,
     microbatches: Microbatches = None,
@@ -76,25 +67,18 @@ def partition(
 
     Exit status: 0 planned, 1 refused with a reason, 2 wrong arguments.
     """
-    variant = heads, key_rank, gate, recency_bias
-    config = shared._config(blocks, block_size, block_layers, output, "auto", no_key_norm, *variant)
     schedule = pipeline_schedule or ("Interleaved1F1B" if virtual > 1 else "1F1B")
     placement = ar.placement_for(schedule, virtual)
     refuse_same_file({"-o": target, "--plot": plot}, {"MODEL": model_file(model)})
     if target is not None:
-        _check_file("-o", target, force)
+        refuse_unwritable_file("-o", target, force)
     if microbatches is not None and plot is None:
         raise ValueError("--microbatches is of the picture: give --plot as well")
     if plot is not None:
         _check_plot(plot, force)
-    found = shared._load(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq)
     with render.working("capture") as stage:
-        if load.is_artifact(model):
-            new = found.model
-        else:
-            new = ar.rewrite(
-                found.model, found.args, found.kwargs, config, dynamic_shapes={}, verify=False, progress=stage
-            )
+        new = rewritten(found, config, stage, verify=False, dynamic_shapes={})
         stage("cut and plan")
         names = cuts if cuts in ("balanced", "blocks") else tuple(cuts.split(","))
         plan = ar.partition(new, ranks, virtual, cuts=names, placement=placement, mode=mode)  # pyright: ignore[reportArgumentType]
@@ -120,15 +104,5 @@ def _check_plot(path: Path, force: bool) -> None:
 
     if path.suffix not in PICTURES:
         raise ValueError(f"--plot {path} must end in {', '.join(PICTURES)}")
-    _check_file("--plot", path, force)
+    refuse_unwritable_file("--plot", path, force)
     require_matplotlib()
-
-
-def _check_file(option: str, path: Path, force: bool) -> None:
-    """Refuse before the work a file that cannot be written."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder: name a file in it")
-    if path.exists() and not force:
-        raise ArtifactError(explain(f"{path} exists", remedy=f"--force replaces it, {option} names another file."))

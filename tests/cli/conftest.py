@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import attnres_rewrite as ar
 from attnres_rewrite.cli import app
 from attnres_rewrite.records import FixedDim, LeftAlone, ReadGroup
 from attnres_rewrite.report import (
@@ -110,3 +111,49 @@ def report(passing) -> RewriteReport:
         pass_seconds=0.01,
         verify=passing,
     )
+
+
+@dataclass
+class Fake:
+    """Stands in for the library: returns what it was given, remembers what it was asked."""
+
+    report: object
+    figures: object
+    asked: dict
+
+    def inspect(self, model, args, kwargs, config, *, progress):
+        self.asked.update(model=model, args=args, kwargs=kwargs, config=config)
+        return self.report
+
+    def rewrite(self, model, args, kwargs, config, dynamic_shapes, *, verify, progress):
+        self.asked.update(model=model, args=args, kwargs=kwargs, config=config, verify=verify)
+        progress("a stage")
+        return self
+
+    def verify(self, new, *, progress):
+        assert new is self
+        return self.figures
+
+    def save(self, new, folder, *, force):
+        self.asked.update(folder=folder, force=force)
+        return folder
+
+    def load(self, folder):
+        self.asked.update(loaded=folder)
+        return self
+
+
+@pytest.fixture
+def library(monkeypatch, report, passing) -> Fake:
+    fake = Fake(report, passing, {})
+    for name in ("inspect", "rewrite", "verify", "save", "load"):
+        monkeypatch.setattr(ar, name, getattr(fake, name))
+    return fake
+
+
+@pytest.fixture
+def artifact(tmp_path) -> Path:
+    folder = tmp_path / "tiny.attnres"
+    folder.mkdir()
+    (folder / "attnres.json").write_text("{}")
+    return folder

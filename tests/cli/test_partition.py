@@ -71,7 +71,7 @@ def test_a_gate_sends_the_running_sum_as_well(cli):
         (("--ranks", 2, "--microbatches", 4), 2, "give --plot as well"),
         # both were once tracebacks, after the work
         (("--ranks", 2, "-o", "/", "--force"), 2, "-o / is a folder"),
-        (("--ranks", 2, "-o", "/proc/plan.json"), 1, "the plan cannot be written"),
+        (("--ranks", 2, "-o", "/proc/plan.json"), 1, "plan.json cannot be written"),
     ],
 )
 def test_what_is_refused(cli, options, code, says):

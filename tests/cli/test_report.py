@@ -68,7 +68,7 @@ def test_force_replaces_it(cli, tiny_file, tmp_path):
 @pytest.mark.parametrize("force", [(), ("--force",)])
 def test_a_folder_is_not_replaced(cli, tiny_file, tmp_path, force):
     done = cli("report", tiny_file, "-o", tmp_path, *force)
-    assert done.code == 1
+    assert done.code == 2
     assert "is a folder" in done.err
 
 
