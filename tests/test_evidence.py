@@ -21,7 +21,7 @@ import summarize  # noqa: E402
 import tables  # noqa: E402
 import throughput  # noqa: E402
 import train  # noqa: E402
-from settings import PRESETS, READS, VARIANTS, config_of  # noqa: E402
+from settings import PRESETS, READS, VARIANTS, config_of, fields_of  # noqa: E402
 from text import Corpus, is_validation, load_corpus  # noqa: E402
 
 import attnres_rewrite as ar  # noqa: E402
@@ -198,7 +198,8 @@ def trained(tmp_path_factory):
         train.main([*where, "--variants", *READS])
         slower = ["--variants", "block", "full", "--read-lr", "0.25", "--out", str(out / "read_lr" / "x")]
         train.main(["--preset", "tiny", "--seeds", "0", *slower])
-        retrofit.main([*where, "--variants", "original", "block"])
+        retrofit.main([*where, "--variants", "original", "block", "recency_bias", "gate_and_bias"])
+        retrofit.main([*where, "--variants", "gate_and_bias", "--read-lr", "4"])
         train.main(["--preset", "tiny", *search])
         look.main([*where, "--variants", "block", "--figures", str(out / "figures")])
     summarize.main(["--preset", "tiny", "--out", str(out), "--json", str(out / "all.json")])
@@ -254,12 +255,28 @@ def test_retrofit_starts_where_the_trained_model_was(trained):
     _, facts = trained
     pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")
     runs = {run["variant"]: run for run in facts["retrofit"]["runs"]}
-    assert list(runs) == ["original", "block"]
+    assert list(runs) == ["original", "block", "recency_bias", "gate_and_bias"]
     for one in runs.values():
         assert one["before_rewrite"] == pytest.approx(pretrained["final_validation"], abs=1e-6)
-        assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
         assert len(one["train_loss"]) == TINY.retrofit_steps
-    assert runs["original"]["train_loss"][0] == pytest.approx(runs["block"]["train_loss"][0], abs=1e-5)
+    # a bias makes another function of it, but behind a gate
+    other = runs.pop("recency_bias")
+    assert other["after_rewrite"] != pytest.approx(other["before_rewrite"], abs=1e-3)
+    for one in runs.values():
+        assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
+        assert one["train_loss"][0] == pytest.approx(runs["original"]["train_loss"][0], abs=1e-5)
+
+
+def test_retrofit_at_another_rate_is_kept_apart(trained):
+    _, facts = trained
+    (faster,) = facts["retrofit_read_lr"]["4"]["runs"]
+    same = next(run for run in facts["retrofit"]["runs"] if run["variant"] == "gate_and_bias")
+    assert (faster["variant"], faster["read_lr"], same["read_lr"]) == ("gate_and_bias", 4, 1)
+    assert faster["read"] == {"gate": True, "recency_bias": 2.0}
+    assert faster["train_loss"][0] == same["train_loss"][0]
+    assert faster["final_validation"] != same["final_validation"]
+    assert "x4" not in tables.read_lr(facts)
+    assert tables.retrofit_read_lr(facts).count("`gate=True`, `recency_bias=2.0`") == 2
 
 
 def test_look_gives_facts_and_figures(trained):
@@ -341,8 +358,12 @@ def test_results_are_those_of_the_preset():
 
 
 def test_results_say_which_read_was_trained():
-    runs = json.loads(RESULTS.read_text())["training"]["runs"]
-    assert all((run["read"], run["read_lr"]) == (READS.get(run["variant"], {}), 1) for run in runs)
+    facts = json.loads(RESULTS.read_text())
+    runs = facts["training"]["runs"]
+    for run in (*runs, *facts["retrofit"]["runs"]):
+        assert (run["read"], run["read_lr"]) == (fields_of(run["variant"]), 1)
+    for rate, found in (*facts["read_lr"].items(), *facts["retrofit_read_lr"].items()):
+        assert {run["read_lr"] for run in found["runs"]} == {float(rate)}
     assert {(run["variant"], run["seed"]) for run in runs} == set(product([*VARIANTS, *READS], range(3)))
 
 

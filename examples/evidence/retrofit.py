@@ -1,11 +1,13 @@
 """Give a TRAINED model Attention Residuals and train it on, beside a twin that stays as it is.
 
     python examples/evidence/retrofit.py --preset cpu --seeds 0 1 2 --out out/evidence
+    python examples/evidence/retrofit.py --preset cpu --seeds 0 1 2 --variants block gate --read-lr 16
 
 Before: the originals that `train.py` made; one that is missing is trained now. Each is loaded once for every variant.
 `ar.rewrite` proves that its outputs and gradients did not change, and the validation loss is measured right before and
-right after it. All of them then go on with equal batches, new to them, and equal new optimizers. Results are in
-`RETROFIT-RUN/result.json`.
+right after it; a recency bias without a gate makes another function of it, which the second loss shows. All of them
+then go on with equal batches, new to them, and equal new optimizers. Results are in `RETROFIT-RUN/result.json`, those
+of another rate of the reads under `OUT/read_lr/RATE`.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 from loop import Plan, Record, train, validate
 from rich.console import Console
-from settings import PRESETS, VARIANTS, Preset
+from settings import PRESETS, READS, RETROFIT_READS, VARIANTS, Preset, fields_of
 from text import Corpus, load_corpus
 from train import (
     BATCH_SEED,
@@ -36,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cpu", choices=PRESETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *READS, *RETROFIT_READS])
+    parser.add_argument("--read-lr", type=float, default=1.0, help="of queries and gains, times the rate of the rest")
     parser.add_argument("--out", type=Path, default=Path("out/evidence"))
     options = parser.parse_args(arguments)
     preset, corpus, console = PRESETS[options.preset], load_corpus(), Console()
+    results = options.out if options.read_lr == 1 else options.out / "read_lr" / f"{options.read_lr:g}"
     for seed in options.seeds:
         pretrained = run_folder(options.out, options.preset, "original", seed)
         if train_variant("original", seed, preset, corpus, pretrained, console).final_validation is None:
@@ -48,13 +52,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             continue
         for variant in options.variants:
-            folder = run_folder(options.out, options.preset, f"retrofit-{variant}", seed)
-            record = continue_variant(variant, seed, preset, corpus, pretrained, folder, console)
+            folder = run_folder(results, options.preset, f"retrofit-{variant}", seed)
+            record = continue_variant(variant, seed, preset, corpus, pretrained, folder, console, options.read_lr)
             report(console, f"retrofit, {variant}, seed {seed}", record)
 
 
 def continue_variant(
-    variant: str, seed: int, preset: Preset, corpus: Corpus, pretrained: Path, folder: Path, console: Console
+    variant: str,
+    seed: int,
+    preset: Preset,
+    corpus: Corpus,
+    pretrained: Path,
+    folder: Path,
+    console: Console,
+    read_lr: float = 1.0,
 ) -> Record:
     """Rewrite the checkpoint in `pretrained` as the variant has it, train it on, and write `result.json`."""
     model = original(seed, preset)
@@ -65,12 +76,15 @@ def continue_variant(
     after = validate(model, corpus.validation, preset, preset.final_windows)
     console.print(f"{variant}, seed {seed}: validation loss {before:.6f} before the rewrite, {after:.6f} after it")
     # a fifth of the steps to warm up: the optimizer knows nothing yet
-    plan = Plan(preset.retrofit_steps, preset.retrofit_steps // 5, preset.retrofit_lr, RETROFIT_BATCH_SEED + seed)
+    warmup, batch_seed = preset.retrofit_steps // 5, RETROFIT_BATCH_SEED + seed
+    plan = Plan(preset.retrofit_steps, warmup, preset.retrofit_lr, batch_seed, read_lr)
     with progress(console, f"retrofit, {variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say)
     facts = {
         "variant": variant,
         "seed": seed,
+        "read": fields_of(variant),
+        "read_lr": read_lr,
         "preset": preset.facts(),
         "before_rewrite": before,
         "after_rewrite": after,

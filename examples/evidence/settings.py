@@ -13,6 +13,8 @@ READS: dict[str, dict[str, Any]] = {
     "key_rank": {"key_rank": 16},
     "recency_bias": {"recency_bias": 2.0},
 }
+# tried on finished checkpoints alone
+RETROFIT_READS = {"gate_and_bias": READS["gate"] | READS["recency_bias"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,4 +107,9 @@ def config_of(variant: str, preset: Preset) -> ar.AttnResConfig | None:
     """Return how a variant is rewritten; None leaves the model as it is."""
     if variant == "original":
         return None
-    return ar.AttnResConfig(num_blocks="full" if variant == "full" else preset.blocks, **READS.get(variant, {}))
+    return ar.AttnResConfig(num_blocks="full" if variant == "full" else preset.blocks, **fields_of(variant))
+
+
+def fields_of(variant: str) -> dict[str, Any]:
+    """Return the fields of `AttnResConfig` that a variant of the read sets; none for Block and Full."""
+    return (READS | RETROFIT_READS).get(variant, {})

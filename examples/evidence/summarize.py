@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from settings import PRESETS, READS, VARIANTS
+from settings import PRESETS, READS, RETROFIT_READS, VARIANTS
 from tables import TABLES
 
 Facts = dict[str, Any]
-ORDER = (*VARIANTS, *READS)
+ORDER = (*VARIANTS, *READS, *RETROFIT_READS)
 # what all runs of one comparison must share
 SHARED = ("corpus", "torch", "attnres_rewrite", "device", "threads", "preset")
 
@@ -52,29 +52,39 @@ def collect(out: Path, preset: str) -> Facts:
         ValueError: Runs differ in text, versions, machine, preset or the rate of their reads: they do not compare.
     """
     folder = out / preset
-    runs = [_read(path) for path in sorted(folder.glob("*/result.json")) if not path.parent.name.startswith("retrofit")]
-    retrofits = [_read(path) for path in sorted(folder.glob("retrofit-*/result.json"))]
-    other_rates = [_read(path) for path in sorted(out.glob(f"read_lr/*/{preset}/*/result.json"))]
+    runs, retrofits = _runs(out, preset)
+    other_rates, retrofits_at_other_rates = _runs(out, f"read_lr/*/{preset}")
     if not runs:
         raise FileNotFoundError(f"no run under {folder}: train.py makes them")
-    if len(rates := {run["read_lr"] for run in runs}) > 1:
+    if len(rates := {run["read_lr"] for run in (*runs, *retrofits)}) > 1:
         raise ValueError(f"the runs under {folder} were made with --read-lr {sorted(rates)}")
-    shared = _shared([*runs, *retrofits, *other_rates])
+    shared = _shared([*runs, *retrofits, *other_rates, *retrofits_at_other_rates])
     facts: Facts = dict(shared)
     facts["lr_search"] = [
         {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
         for run in sorted(map(_read, out.glob("lr/*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
     ]
     facts["training"] = compare(runs)
-    facts["read_lr"] = {
-        f"{rate:g}": compare(run for run in other_rates if run["read_lr"] == rate)
-        for rate in sorted({run["read_lr"] for run in other_rates})
-    }
+    facts["read_lr"] = _by_rate(other_rates)
     facts["retrofit"] = compare(retrofits) if retrofits else None
+    facts["retrofit_read_lr"] = _by_rate(retrofits_at_other_rates)
     for name in ("throughput", "look"):
         path = folder / f"{name}.json"
         facts[name] = _read(path) if path.exists() else None
     return facts
+
+
+def _runs(out: Path, folder: str) -> tuple[list[Facts], list[Facts]]:
+    """Return the runs from the start and the retrofits in the folders that match."""
+    found: tuple[list[Facts], list[Facts]] = [], []
+    for path in sorted(out.glob(f"{folder}/*/result.json")):
+        found[path.parent.name.startswith("retrofit-")].append(_read(path))
+    return found
+
+
+def _by_rate(runs: Sequence[Facts]) -> Facts:
+    rates = sorted({run["read_lr"] for run in runs})
+    return {f"{rate:g}": compare(run for run in runs if run["read_lr"] == rate) for rate in rates}
 
 
 def compare(runs: Iterable[Mapping[str, Any]]) -> Facts:

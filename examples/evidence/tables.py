@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from settings import READS, VARIANTS
+from settings import READS, RETROFIT_READS, VARIANTS
 
 Facts = Mapping[str, Any]
 NAMES = {"original": "original", "block": "Block", "full": "Full"} | {
     name: f"Block, {', '.join(f'`{field}={value}`' for field, value in fields.items())}"
-    for name, fields in READS.items()
+    for name, fields in (READS | RETROFIT_READS).items()
 }
 NOT_RUN = "Not run."
 
@@ -110,12 +110,31 @@ def retrofit_proof(facts: Facts) -> str:
 
 def retrofit_losses(facts: Facts) -> str:
     """Final validation losses of the retrofit."""
-    return NOT_RUN if facts["retrofit"] is None else _losses(facts["retrofit"], VARIANTS)
+    return NOT_RUN if facts["retrofit"] is None else _losses(facts["retrofit"], NAMES)
 
 
 def retrofit_differences(facts: Facts) -> str:
     """Differences of the retrofit to the twin of the same seed."""
-    return NOT_RUN if facts["retrofit"] is None else _differences(facts["retrofit"], "original", VARIANTS)
+    return NOT_RUN if facts["retrofit"] is None else _differences(facts["retrofit"], "original", NAMES)
+
+
+def retrofit_read_lr(facts: Facts) -> str:
+    """Differences of the retrofit to the twin of the same seed, the reads at the rate of the rest and at others.
+
+    The twin has no reads, so it is the same for all rates.
+    """
+    if not facts["retrofit_read_lr"]:
+        return NOT_RUN
+    by_rate = {"1": facts["retrofit"], **facts["retrofit_read_lr"]}
+    tried = {name for found in facts["retrofit_read_lr"].values() for name in found["final_validation"]}
+    twins = facts["retrofit"]["final_validation"]["original"]["by_seed"]
+    rows: list[list[str]] = []
+    for rate, found in by_rate.items():
+        for name in sorted(tried, key=list(NAMES).index):
+            losses = found["final_validation"][name]["by_seed"]
+            less = [losses[seed] - twins[seed] for seed in twins]
+            rows.append([f"x{rate}", NAMES[name], *map(_signed, less), _signed(_mean(less))])
+    return _table(["rate of the reads", "less the original", *(f"seed {seed}" for seed in twins), "mean"], rows)
 
 
 def dynamics(facts: Facts) -> str:
@@ -222,6 +241,7 @@ TABLES: dict[str, Callable[[Facts], str]] = {
         retrofit_proof,
         retrofit_losses,
         retrofit_differences,
+        retrofit_read_lr,
         dynamics,
         maps,
     )

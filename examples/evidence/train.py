@@ -27,7 +27,7 @@ from loop import Plan, Record, Say, train
 from model import Gpt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from settings import PRESETS, READS, VARIANTS, Preset, config_of
+from settings import PRESETS, READS, VARIANTS, Preset, config_of, fields_of
 from text import Corpus, load_corpus
 from torch import nn
 
@@ -79,7 +79,7 @@ def train_variant(
     plan = Plan(preset.steps, preset.warmup, preset.lr, BATCH_SEED + seed, read_lr)
     with progress(console, f"{variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say, stop_at)
-    named = {"variant": variant, "seed": seed, "read": READS.get(variant, {}), "read_lr": read_lr}
+    named = {"variant": variant, "seed": seed, "read": fields_of(variant), "read_lr": read_lr}
     facts = {**named, "preset": preset.facts(), **record.facts(), **circumstances(corpus)}
     write_json(folder / "result.json", facts)
     return record
