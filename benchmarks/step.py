@@ -1,7 +1,8 @@
 """Time a rewritten GPT against its original and against Attention Residuals written by hand, all in one run.
 
     python benchmarks/step.py [--device cpu] [--layers 12] [--width 768] [--tokens 1024] [--batch 1] [--blocks 8]
-                              [--dtype bfloat16] [--rounds 20] [--eager] [--json benchmarks/results/step_cpu.json]
+                              [--dtype bfloat16] [--rounds 20] [--eager] [--variants original auto ...]
+                              [--json benchmarks/results/step_cpu.json]
 
 Prints, for a forward pass and for a training step (forward and backward), the median of every variant, and the median
 of its ratios to the compiled original, taken round by round: the variants take turns, so a slow moment of the machine
@@ -14,6 +15,7 @@ are compiled; --eager adds the original, `auto` and `naive` uncompiled.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +124,14 @@ def steps_of(model: nn.Module, run: Callable[[Tensor], Tensor], ids: Tensor) -> 
     return {"forward": forward, "train": train}
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each variant and step."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each variant and step."""
     steps: dict[str, dict[str, Callable[[], None]]] = {}
-    for name in VARIANTS:
+    for name in options.variants:
         model, ids = build(name, options)
         steps[name] = steps_of(model, compiled(name, model), ids)
         if options.eager and name in ("original", "auto", "naive"):
             steps[f"{name}, eager"] = steps_of(model, model, ids)
-    rows: list[dict[str, Any]] = []
     for kind in ("forward", "train"):
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for name in steps:
@@ -145,9 +146,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             row |= {"ratio": statistics.median(ratios), "lowest_ms": 1e3 * min(measured)}
             if options.device == "cuda":
                 row["peak_mib"] = peak_mib(steps[name][kind])
-            rows.append(row)
             print(f"{kind:8} {name:18} {row['ms']:9.2f} ms   x{row['ratio']:.3f}", row.get("peak_mib", ""), flush=True)
-    return rows
+            yield row
 
 
 def timed(step: Callable[[], None], device: str) -> float:
@@ -173,6 +173,16 @@ def compile_seconds(variant: str, arguments: list[str]) -> float:
     return float(found.stdout.splitlines()[-1])
 
 
+def compile_rows(variants: list[str], arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the compile time of each variant, and its ratio to the original's, which comes first."""
+    original = 0.0
+    for variant in variants:
+        seconds = compile_seconds(variant, arguments)
+        original = original or seconds
+        print(f"compile  {variant:18} {seconds:9.2f} s    x{seconds / original:.3f}", flush=True)
+        yield {"step": "compile", "variant": variant, "ms": 1e3 * seconds, "ratio": seconds / original}
+
+
 def compile_only(variant: str, options: argparse.Namespace) -> None:
     model, ids = build(variant, options)
     step = steps_of(model, compiled(variant, model), ids)["train"]
@@ -192,26 +202,26 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="with the original")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--no-compile-times", action="store_true")
     parser.add_argument("--compile-only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if "original" not in options.variants:
+        parser.error("--variants needs the original, which all are compared with")
     if options.compile_only:
         compile_only(options.compile_only, options)
         return
-    rows = measure(options)
-    if not options.no_compile_times:
-        seconds = {variant: compile_seconds(variant, sys.argv[1:]) for variant in COMPILED}
-        for variant, value in seconds.items():
-            ratio = value / seconds["original"]
-            rows.append({"step": "compile", "variant": variant, "ms": 1e3 * value, "ratio": ratio})
-            print(f"compile  {variant:18} {value:9.2f} s    x{ratio:.3f}", flush=True)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key not in ("json", "compile_only")}
-        options.json.write_text(
-            json.dumps({"machine": machine_facts(), "settings": settings, "rows": rows}, indent=1) + "\n"
-        )
+    rows: list[dict[str, Any]] = []
+    timed_apart = [] if options.no_compile_times else [name for name in COMPILED if name in options.variants]
+    for row in itertools.chain(measure(options), compile_rows(timed_apart, sys.argv[1:])):
+        rows.append(row)
+        # after each: a run that is cut short keeps what it has
+        if options.json:
+            settings = {key: value for key, value in vars(options).items() if key not in ("json", "compile_only")}
+            facts = {"machine": machine_facts(), "settings": settings, "rows": rows}
+            options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
