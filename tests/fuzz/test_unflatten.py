@@ -12,7 +12,7 @@ import attnres_rewrite as ar
 from .check import is_random, random_config
 from .networks import build
 from .specs import random_spec
-from .test_backend import assert_alike, results
+from .test_backend import assert_alike, results, widened
 
 
 def layer_lists(model: nn.Module, new: ar.RewrittenModule) -> list[str]:
@@ -31,8 +31,9 @@ def check(seed: int) -> int:
     """Compare one network with its flat rewrite; return how many units it has, 0 where it is refused."""
     spec = random_spec(seed)
     made = build(spec)
-    args, model = made.args, made.model
-    new = ar.rewrite(model, args, config=random_config(spec, made), dynamic_shapes={}, verify=False)
+    config = random_config(spec, made)
+    model, args = widened(spec, made)
+    new = ar.rewrite(model, args, config=config, dynamic_shapes={}, verify=False)
     with torch.no_grad():
         for parameter in ar.attnres_parameters(new):
             parameter.add_(torch.randn_like(parameter))
