@@ -1,6 +1,6 @@
 """Train an attached model with DistributedDataParallel: two processes on the CPU, and the gradients of one."""
 
-import socket
+import tempfile
 
 import gpt
 import torch
@@ -48,10 +48,8 @@ def work(rank: int, address: str) -> None:
 
 
 def main() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.multiprocessing.spawn(work, args=(address,), nprocs=PROCESSES)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, args=(f"file://{folder}/store",), nprocs=PROCESSES)
 
 
 if __name__ == "__main__":

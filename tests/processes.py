@@ -26,6 +26,8 @@ def _enter(rank: int, num_ranks: int, port: int, body: Callable[..., None], args
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
     body(*args)
     dist.destroy_process_group()
+    # gloo's threads may still let go of tensors, for which they want the interpreter: one that is ending aborts then
+    os._exit(0)
 
 
 def _free_port() -> int:
