@@ -6,6 +6,7 @@ with triton_rows.row_starts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -50,6 +51,16 @@ def rows_of(tensors: Sequence[Tensor]) -> Rows:
         kept, steps = [1], [[0] for _ in tensors]
     flat = tuple(stride for step in steps for stride in reversed(step))
     return Rows(num_rows, tuple(reversed(kept[:-1])), flat)
+
+
+def alignment(*groups: Sequence[Tensor]) -> int:
+    """Return the power of two of bytes, at most the 16 that one load takes, at which all rows of all tensors start."""
+    bits = 16
+    for tensor in chain.from_iterable(groups):
+        bits |= tensor.data_ptr()
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            bits |= stride * tensor.itemsize if size > 1 else 0
+    return bits & -bits
 
 
 @dataclass(frozen=True, slots=True)

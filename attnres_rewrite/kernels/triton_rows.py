@@ -28,7 +28,10 @@ def row_starts(row, index, sizes, strides, NUM: tl.constexpr, RANK: tl.constexpr
 
 @triton.jit
 def pick_each(values, index, NUM: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.constexpr):
-    """values[i * STEP + OFFSET] for every i of a tensor, the last for those past the end."""
+    """values[i * STEP + OFFSET] for every i of a tensor, the last for those past the end.
+
+    From Triton 3.9 on the compiler does not see what they are multiples of; tl.multiple_of() tells it.
+    """
     chosen = tl.where(index == 0, values[OFFSET], values[(NUM - 1) * STEP + OFFSET])
     for i in tl.static_range(1, NUM - 1):
         chosen = tl.where(index == i, values[i * STEP + OFFSET], chosen)

@@ -1,4 +1,4 @@
-"""Compile every kernel, as it is launched, for GPUs that are not here; print registers, stack and load widths.
+"""Compile every kernel, as it is launched, for GPUs that are not here; print registers, stack and widths of loads.
 
     python -m tests.kernels.ahead_of_time [--arch 80,90,100] [--width 768,...] [--operation read] [--jobs 2]
                                           [--table docs/kernels.md] [--from RESULT.jsonl]
@@ -40,7 +40,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """One kernel of one configuration. Loads are counted in the machine code by their width in bits."""
+    """One kernel of one configuration. Loads and stores are counted in the machine code by their width in bits."""
 
     kernel: str
     arch: int
@@ -50,6 +50,7 @@ class Compiled:
     stack: int
     spills: int
     loads: dict[str, int]
+    stores: dict[str, int]
     num_warps: int
     operation: str
 
@@ -155,8 +156,6 @@ def _measured(kernel: Any, operation: str, arch: int, width: int, num_sources: i
         file.flush()
         usage = _output(CUOBJDUMP, "-res-usage", file.name)
         code = _output(CUOBJDUMP, "-sass", file.name)
-    loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
-    widths = [next((width for width in ("128", "64", "U16", "U8") if width in load), "32") for load in loads]
     return Compiled(
         kernel=kernel.metadata.name,
         arch=arch,
@@ -165,10 +164,16 @@ def _measured(kernel: Any, operation: str, arch: int, width: int, num_sources: i
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         stack=int(re.findall(r"STACK:(\d+)", usage)[-1]),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        loads={width: widths.count(width) for width in sorted(set(widths))},
+        loads=_by_width(re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)),
+        stores=_by_width(re.findall(r"\bSTG\.E[.\w]*", code)),
         num_warps=kernel.metadata.num_warps,
         operation=operation,
     )
+
+
+def _by_width(instructions: list[str]) -> dict[str, int]:
+    widths = [next((width for width in ("128", "64", "U16", "U8") if width in name), "32") for name in instructions]
+    return {width: widths.count(width) for width in sorted(set(widths))}
 
 
 def _output(*command: object) -> str:

@@ -26,7 +26,7 @@ from attnres_rewrite.kernels.inter_block.triton_forward import (
     softmax_of_token,
 )
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, rows_of
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, rows_of
 from attnres_rewrite.kernels.triton_rows import pick_each, starts_of_row
 
 # of the partial sums of the probes' gradients
@@ -40,15 +40,16 @@ def scalars_kernel(
     weight_TNQ, z_TNQ, c_TN,
     num_tokens,
     N: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
-    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """One program makes the scalars of one token."""
     t = tl.program_id(0).to(tl.int64)
     n, q = tl.arange(0, BN), tl.arange(0, BQ)
     dots = tl.zeros([BQ, BN], tl.float32)
     if G > 0:
-        row = pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK)
+        row = tl.multiple_of(pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK), BYTES)
         grad_row = pick_each(grads, q, G, 1, 0) + starts_of_row(t, q, sizes, grad_strides, G, RANK)
+        grad_row = tl.multiple_of(grad_row, BYTES)
         for first in tl.range(0, D, BD):
             d = first + tl.arange(0, BD)
             value = tl.load(row[None, :] + d[:, None], (n < N)[None, :] & (d < D)[:, None], 0.0)
@@ -76,7 +77,7 @@ def rows_kernel(
     dsources, dprobe_PQD,  # contiguous
     num_tokens, tokens_per_program,
     N: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, D: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
-    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program takes one chunk of channels of consecutive tokens; two parts of the probes are enough here."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -93,8 +94,8 @@ def rows_kernel(
         grad_row = pick_each(grads, q, G, 1, 0)
     dprobe = tl.zeros([BQ, BD], tl.float32)
     for t in tl.range(program * tokens_per_program, min((program + 1) * tokens_per_program, num_tokens)):
-        start = starts_of_row(t, n, sizes, strides, N, RANK)
-        value = tl.load((row + start)[:, None] + d[None, :], inside_n, 0.0)
+        start = tl.multiple_of(row + starts_of_row(t, n, sizes, strides, N, RANK), BYTES)
+        value = tl.load(start[:, None] + d[None, :], inside_n, 0.0)
         here = (t * N + n)[:, None] * Q + q[None, :]
         z = tl.load(z_TNQ + here, inside, 0.0)
         if value.dtype == tl.bfloat16:
@@ -108,10 +109,10 @@ def rows_kernel(
         if K > 1:
             dvalue = scalars_dot(z, probe_rest, dvalue, PRECISION)
         if G > 0:
-            start = starts_of_row(t, q, sizes, grad_strides, G, RANK)
-            grad = tl.load((grad_row + start)[:, None] + d[None, :], inside_q, 0.0)
+            start = tl.multiple_of(grad_row + starts_of_row(t, q, sizes, grad_strides, G, RANK), BYTES)
+            grad = tl.load(start[:, None] + d[None, :], inside_q, 0.0)
             dvalue = scalars_dot(tl.load(weight_TNQ + here, inside, 0.0), grad, dvalue, PRECISION)
-        tl.store((drow + t * D)[:, None] + d[None, :], dvalue.to(value.dtype), inside_n)
+        tl.store(tl.multiple_of(drow + t * D, BYTES)[:, None] + d[None, :], dvalue.to(value.dtype), inside_n)
     tl.store(dprobe_PQD + (program * Q + q[:, None]) * D + d[None, :], dprobe, inside_q)
 
 
@@ -155,6 +156,7 @@ def inter_block_backward(
         shared = {
             "N": num_sources, "Q": num_queries, "G": len(grads), "D": width, "RANK": rows.rank,
             "BN": BN, "BQ": BQ, "BD": channels(sources[0].dtype, 256, 2 * max(BN, BQ)), **resources(max(BN, BQ)),
+            "BYTES": alignment(sources, grads, dsources),
         }  # fmt: skip
         tensors = (tuple(sources), strides, tuple(grads), grad_strides, rows.sizes)
         weight, z, c = torch.empty_like(logit), torch.empty_like(logit), torch.empty_like(rstd)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, rows_of
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, rows_of
 from attnres_rewrite.kernels.triton_rows import pick, pick_each, row_starts, starts_of_row
 
 PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "ieee"}
@@ -85,7 +85,7 @@ def mix_kernel(
     outs, lse_QT,  # contiguous
     num_tokens, chunks_per_program,
     N: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr,
-    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BQ: tl.constexpr, BD: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program mixes some chunks of channels of one token: [Q, N] weights times [N, BD] values."""
     t = tl.program_id(0).to(tl.int64)
@@ -94,8 +94,8 @@ def mix_kernel(
     if tl.program_id(1) == 0:
         tl.store(lse_QT + q.to(tl.int64) * num_tokens + t, top + tl.log(total), q < Q)
     weight *= pick_each(factors, q, Q, 1, 0)[:, None]
-    row = pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK)
-    out = pick_each(outs, q, Q, 1, 0) + t * D
+    row = tl.multiple_of(pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK), BYTES)
+    out = tl.multiple_of(pick_each(outs, q, Q, 1, 0) + t * D, BYTES)
     for chunk in tl.range(0, chunks_per_program):
         d = (tl.program_id(1) * chunks_per_program + chunk) * BD + tl.arange(0, BD)
         value = tl.load(row[:, None] + d[None, :], (n < N)[:, None] & (d < D)[None, :], 0.0)
@@ -170,6 +170,7 @@ def mix_forward(sources: Sequence[Tensor], logit: Tensor, factors: Sequence[floa
             tuple(sources), rows.strides, rows.sizes, logit, tuple(factors), tuple(outs), lse,
             rows.num_rows, triton.cdiv(triton.cdiv(width, BD), shares),
             N=len(sources), Q=num_queries, D=width, RANK=rows.rank,
-            BN=BN, BQ=BQ, BD=BD, PRECISION=PRECISIONS[sources[0].dtype], **resources(max(BN, BQ)),
+            BN=BN, BQ=BQ, BD=BD, BYTES=alignment(sources, outs), PRECISION=PRECISIONS[sources[0].dtype],
+            **resources(max(BN, BQ)),
         )  # fmt: skip
     return outs, lse
