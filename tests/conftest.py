@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.zoo.torchvision_cure import define_missing_ops
+
+# before anything imports transformers, which imports torchvision where timm has brought it
+define_missing_ops()
+
 # the tensors are tiny and the tests run side by side: more threads only wait for each other
 torch.set_num_threads(1)
 

@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="the zoo is built from transformers: 
 import attnres_rewrite as ar
 from tests.zoo.builders import Spec, hand_counted
 from tests.zoo.known import NEEDS_TIMM
-from tests.zoo.torchvision_cure import define_missing_ops
 
 CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
@@ -67,7 +66,6 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def _pair(spec: Spec) -> tuple[nn.Module, ar.RewrittenModule, dict[str, Any]]:
     """Return an attached model with random queries and gains, the same rewritten, and inputs; all in float64."""
-    define_missing_ops()
     if spec.family == "timm" or spec.name in NEEDS_TIMM:
         pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
     torch._dynamo.reset()

@@ -10,7 +10,6 @@ pytest.importorskip("transformers", reason="the zoo is built from transformers: 
 import attnres_rewrite as ar
 from tests.zoo.builders import Spec, hand_counted, sweep, timm_sweep
 from tests.zoo.known import NEEDS_TIMM, NOT_BUILT, NOT_CAPTURED
-from tests.zoo.torchvision_cure import define_missing_ops
 
 FLOAT64_LIMIT = 1e-10
 
@@ -41,7 +40,6 @@ def _one_thread() -> Iterator[None]:
 
 
 def _rewrite(spec: Spec) -> ar.RewrittenModule:
-    define_missing_ops()
     if spec.family == "timm" or spec.name in NEEDS_TIMM:
         pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
     return ar.rewrite(spec.build(), (), spec.inputs(), config=ar.AttnResConfig(block_size=2))
