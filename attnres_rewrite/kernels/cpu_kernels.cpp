@@ -94,6 +94,15 @@ template <typename Kind>
 Pair widen(const Narrow<Kind>& value) {
   if constexpr (std::is_same_v<Kind, float>) {
     return value;
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<Kind, c10::BFloat16>) {
+    // the tuple that convert_to_float returns goes through memory
+    const auto half = [](__m256i bits) {
+      return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+    };
+    const __m512i both = value;
+    return {half(_mm512_castsi512_si256(both)), half(_mm512_extracti64x4_epi64(both, 1))};
+#endif
   } else {
     const auto [low, high] = at::vec::convert_to_float<Kind>(value);
     return {low, high};
