@@ -43,6 +43,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/reads.py --tokens 2048 --width 1024 --queries 6
+	$(BIN)/python benchmarks/block.py --sources 4 --sublayers 3 --tokens 1024 --width 768
 	$(BIN)/python benchmarks/step.py
 
 # not --quiet, with which --strict counts no warning; the variable takes off a notice that is not about these pages
@@ -64,6 +65,10 @@ gpu-run:
 	@failed=; export PYTHONPATH=.; workers=$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS)"); set -x; \
 	$(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default $$workers || failed=tests; \
 	$(GPU_PYTHON) benchmarks/reads.py --device cuda --json benchmarks/results/reads_cuda.json || failed="$$failed reads"; \
+	for width in 7168 4096; do \
+	  $(GPU_PYTHON) benchmarks/block.py --device cuda --width $$width --json benchmarks/results/block_cuda_$$width.json \
+	  || failed="$$failed block"; \
+	done; \
 	$(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 --eager \
 	  --variants original auto backend naive --json benchmarks/results/step_cuda.json || failed="$$failed step"; \
 	set +x; [ -z "$$failed" ] || { echo "failed: $$failed"; exit 1; }

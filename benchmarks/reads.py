@@ -11,11 +11,8 @@ so. Compared is one read of all sources, forward, and forward with backward.
 """
 
 import argparse
-import importlib
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from attnres_rewrite import functional as F  # noqa: E402
-from benchmarks.machine import machine_facts, synchronize  # noqa: E402
+from benchmarks import peers  # noqa: E402
+from benchmarks.machine import machine_facts  # noqa: E402
+from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
 
 Operation = Callable[[], Any]
 
@@ -92,66 +91,38 @@ def with_grad(operation: Operation, wanted: Sequence[Tensor], grad: Tensor) -> O
     return run
 
 
-def peers(inputs: Inputs) -> dict[str, Callable[[], tuple[Operation, Sequence[Tensor]]]]:
+def peer_reads(inputs: Inputs) -> dict[str, Callable[[], tuple[Operation, Sequence[Tensor]]]]:
     """Return what makes the read of each public kernel, and the tensors whose gradients it gives; that may fail.
 
     Each is handed its sources as it wants them: a stack is made before the clock starts.
     """
-    query, gain = (
-        vector.detach().to(inputs.grad.dtype).requires_grad_() for vector in (inputs.queries[0], inputs.gains[0])
-    )
-    values = torch.stack([source.detach() for source in inputs.sources]).requires_grad_()
+    query, gain = inputs.queries[0], inputs.gains[0]
+    stacked = torch.stack([source.detach() for source in inputs.sources]).requires_grad_()
 
-    def fla() -> tuple[Operation, Sequence[Tensor]]:
-        function = importlib.import_module("fla.ops.attnres").fused_attnres
-        return lambda: function(query, inputs.sources, gain), inputs.sources
+    def of(name: str) -> Callable[[], tuple[Operation, Sequence[Tensor]]]:
+        def make() -> tuple[Operation, Sequence[Tensor]]:
+            read = peers.READS[name]()
+            if name == "liger-kernel":
+                return lambda: read(stacked, query, gain, None), [stacked]
+            return lambda: read(inputs.sources, query, gain, None), inputs.sources
 
-    def liger() -> tuple[Operation, Sequence[Tensor]]:
-        function = importlib.import_module("liger_kernel.ops.attn_res").LigerAttnResFunction.apply
-        return lambda: function(values, query, gain, 1e-6), [values]
-
-    def fast() -> tuple[Operation, Sequence[Tensor]]:
-        function = importlib.import_module("attnres").attnres
-        return lambda: function(list(inputs.sources), query, eps=1e-6), inputs.sources
+        return make
 
     def flash() -> tuple[Operation, Sequence[Tensor]]:
-        package = importlib.import_module("flash_attn_res")
-        phase_1 = package.phase_1_batched_attention_triton_op
-        phase_2 = package.phase_2_online_softmax_merge_triton_op
-        finished, partial = values[:-1].unsqueeze(1), values[-1].unsqueeze(0)
+        phase_1, phase_2 = peers.flash_attn_res()
 
         def read() -> Tensor:
-            outs, lses = phase_1(finished, query.unsqueeze(0), 1e-6)
-            return phase_2(partial, query, outs[0], lses[0], 1e-6)
+            outs, lses = phase_1(stacked[:-1], [query], [gain])
+            return phase_2(stacked[-1], query, gain, outs[0], lses[0])
 
-        return read, [values]
+        return read, [stacked]
 
-    return {"fla-core": fla, "liger-kernel": liger, "fast-attnres": fast, "flash-attn-res": flash}
-
-
-def seconds_of(operation: Operation, rounds: int, device: str) -> float:
-    for _ in range(3):
-        operation()
-    found: list[float] = []
-    for _ in range(rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        operation()
-        synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def copy_bandwidth(inputs: Inputs, rounds: int, device: str) -> float:
-    """Bytes a second, read and written, of a copy four times as large as one tensor."""
-    source = torch.cat([value.detach() for value in inputs.sources[:2]] * 2)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), rounds, device)
+    return {name: of(name) for name in peers.READS} | {"flash-attn-res": flash}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     inputs = Inputs(options)
-    copy = copy_bandwidth(inputs, options.rounds, options.device)
+    copy = copy_bandwidth(options.rounds, options.device)
     rows: list[dict[str, Any]] = [{"operation": "copy", "gb_per_s": copy / 1e9}]
     print(f"copy {copy / 1e9:.0f} GB/s")
     for name, (operation, moved) in operations(inputs, compiled=options.device == "cpu").items():
@@ -163,7 +134,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         print(f"{name:36} {1e6 * seconds:10.0f} us {moved:5} rows {rate / 1e9:7.0f} GB/s  {rate / copy:5.0%} of a copy")
     if options.device == "cuda":
         ours = {row["operation"]: row["us"] for row in rows if "us" in row}
-        for name, make in peers(inputs).items():
+        for name, make in peer_reads(inputs).items():
             rows += peer_rows(name, make, ours, inputs, options)
     return rows
 

@@ -127,8 +127,10 @@ def steps_of(model: nn.Module, run: Callable[[Tensor], Tensor], ids: Tensor) -> 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each variant and step."""
     steps: dict[str, dict[str, Callable[[], None]]] = {}
+    models: dict[str, nn.Module] = {}
     for name in options.variants:
-        model, ids = build(name, options)
+        models[name], ids = build(name, options)
+        model = models[name]
         steps[name] = steps_of(model, compiled(name, model), ids)
         if options.eager and name in ("original", "auto", "naive"):
             steps[f"{name}, eager"] = steps_of(model, model, ids)
@@ -145,7 +147,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = {"step": kind, "variant": name, "ms": 1e3 * statistics.median(measured)}
             row |= {"ratio": statistics.median(ratios), "lowest_ms": 1e3 * min(measured)}
             if options.device == "cuda":
-                row["peak_mib"] = peak_mib(steps[name][kind])
+                row["peak_mib"] = peak_mib(steps[name][kind], models[name.removesuffix(", eager")])
             print(f"{kind:8} {name:18} {row['ms']:9.2f} ms   x{row['ratio']:.3f}", row.get("peak_mib", ""), flush=True)
             yield row
 
@@ -158,10 +160,13 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_mib(step: Callable[[], None]) -> float:
+def peak_mib(step: Callable[[], None], model: nn.Module) -> float:
+    """Return the peak of a step, and the model's own parameters: those of the other variants are there as well."""
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     step()
-    return torch.cuda.max_memory_allocated() / 2**20
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    return (torch.cuda.max_memory_allocated() - before + parameters) / 2**20
 
 
 def compile_seconds(variant: str, arguments: list[str]) -> float:
