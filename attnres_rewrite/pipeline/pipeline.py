@@ -58,7 +58,11 @@ class Pipeline:
             ValueError: An input is missing, is taken by no stage, or does not have the size of the plan's microbatches
                 times their number; or the target is missing or cannot be divided.
             PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
+            RuntimeError: Gradients that `reduce_tied_gradients` added up are still there.
         """
+        if self.has_loss:
+            with ending_together():
+                self._check_unreduced("step() comes after reduce_tied_gradients()")
         if self.has_loss and self.schedule.scale_grads:
             for parameter in self.parameters():
                 if parameter.grad is not None:
@@ -206,8 +210,12 @@ class Pipeline:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
 
         Every rank calls it once before the optimizer, after the last step whose gradients it takes, and before they are
-        clipped: copies that start equal then stay equal. Called again, it adds the sums up.
+        clipped: copies that start equal then stay equal.
+
+        Raises:
+            RuntimeError: They are added up already.
         """
+        self._check_unreduced("reduce_tied_gradients() is called a second time")
         for tied in self.tied:
             for parameter in tied.copies:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -216,8 +224,22 @@ class Pipeline:
             if tied.group is not None:
                 with ending_together():
                     dist.all_reduce(total, group=tied.group)
-            for gradient in gradients:
+            for parameter, gradient in zip(tied.copies, gradients, strict=True):
                 gradient.copy_(total)
+                whole: Any = parameter.grad
+                # what is written into it later, such as zeros, makes another version of it
+                whole._attnres_reduced = whole._version
+
+    def _check_unreduced(self, what: str) -> None:
+        """Refuse gradients that are sums over all copies: adding them up once more would count each several times."""
+        for tied in self.tied:
+            for parameter in tied.copies:
+                gradient = parameter.grad
+                if gradient is not None and getattr(gradient, "_attnres_reduced", None) == gradient._version:
+                    raise RuntimeError(
+                        f"{what}, and {tied.name} still has the sum of the first: call it once, after the last step "
+                        "whose gradients the optimizer takes, and optimizer.zero_grad() before the next step"
+                    )
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:

@@ -221,6 +221,21 @@ def test_asking_for_the_state_of_an_optimizer_changes_nothing():
     torch.testing.assert_close(*ends)
 
 
+# Once wrong: the sums of all copies were added up a second time
+def test_gradients_of_tied_copies_are_added_up_once():
+    pipeline = built(rewritten(Gpt(depth=2)))
+    optimizer = torch.optim.SGD(pipeline.parameters(), lr=0.0)
+    for set_to_none in (True, False, False):
+        pipeline.step(batch, target=target)
+        pipeline.reduce_tied_gradients()
+        for run in (pipeline.reduce_tied_gradients, lambda: pipeline.step(batch, target=target)):
+            with pytest.raises(RuntimeError, match=r"head.weight still has the sum .*zero_grad\(\) before"):
+                run()
+        pipeline.evaluate(batch, target=target)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
 # Once wrong: torch could not save the optimizer any more
 def test_an_optimizer_of_some_parameters():
     pipeline = built(rewritten(Gpt(depth=2)))
