@@ -65,10 +65,9 @@ gpu-run:
 	@failed=; export PYTHONPATH=.; workers=$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS)"); set -x; \
 	$(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default $$workers || failed=tests; \
 	$(GPU_PYTHON) benchmarks/reads.py --device cuda --json benchmarks/results/reads_cuda.json || failed="$$failed reads"; \
-	for width in 7168 4096; do \
-	  $(GPU_PYTHON) benchmarks/block.py --device cuda --width $$width --json benchmarks/results/block_cuda_$$width.json \
-	  || failed="$$failed block"; \
-	done; \
+	$(GPU_PYTHON) benchmarks/block.py --device cuda --json benchmarks/results/block_cuda.json || failed="$$failed block"; \
+	$(GPU_PYTHON) benchmarks/block.py --device cuda --width 4096 --variants flash-attn-res \
+	  --json benchmarks/results/block_cuda_4096.json || failed="$$failed block-4096"; \
 	$(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 --eager \
 	  --variants original auto backend naive --json benchmarks/results/step_cuda.json || failed="$$failed step"; \
 	set +x; [ -z "$$failed" ] || { echo "failed: $$failed"; exit 1; }

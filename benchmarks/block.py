@@ -1,7 +1,8 @@
 """Time all that the method adds to a block of a network, beside public kernels, in one run.
 
     python benchmarks/block.py [--device cpu] [--sources 8] [--sublayers 24] [--tokens 8192] [--width 7168]
-                               [--dtype bfloat16] [--rounds 10] [--json benchmarks/results/block_cpu.json]
+                               [--dtype bfloat16] [--rounds 10] [--variants flash-attn-res ...]
+                               [--json benchmarks/results/block_cpu.json]
 
 A block of Q sub-layers has N finished sources in front of it. Each of its sub-layers reads them and the block's partial
 sum, and norms what it reads; each update is added to the partial sum. The updates are given here, in place of attention
@@ -33,7 +34,8 @@ from benchmarks.machine import machine_facts  # noqa: E402
 from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
 
 EPS = peers.EPS
-OURS = "attnres-rewrite"
+OURS, BY_HAND, FLASH = "attnres-rewrite", "by hand", "flash-attn-res"
+ON_A_GPU = (*peers.READS, FLASH)
 
 
 class Inputs:
@@ -116,9 +118,9 @@ def variants(inputs: Inputs, device: str) -> dict[str, Callable[[], Callable[[],
         phases = peers.flash_attn_res()
         return lambda: by_phases(inputs, *phases)
 
-    found = {OURS: own, "by hand": of_reads(lambda: torch.compile(read_by_hand, dynamic=False))}
+    found = {OURS: own, BY_HAND: of_reads(lambda: torch.compile(read_by_hand, dynamic=False))}
     if device == "cuda":
-        found |= {name: of_reads(make) for name, make in peers.READS.items()} | {"flash-attn-res": of_phases}
+        found |= {name: of_reads(make) for name, make in peers.READS.items()} | {FLASH: of_phases}
     return found
 
 
@@ -146,7 +148,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     wanted: tuple[list[Tensor], list[Tensor]] | None = None
     times: dict[str, float] = {}
     for name, make in variants(inputs, options.device).items():
-        stacked = name == "flash-attn-res"
+        if name not in (OURS, *options.variants):
+            continue
+        stacked = name == FLASH
         try:
             run = make()
             outs = run()
@@ -201,6 +205,8 @@ def main() -> None:
     for name, default in (("sources", 8), ("sublayers", 24), ("tokens", 8192), ("width", 7168), ("rounds", 10)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
+    others = (BY_HAND, *ON_A_GPU)
+    parser.add_argument("--variants", nargs="+", choices=others, default=list(others), help="timed beside ours")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = measure(options)
