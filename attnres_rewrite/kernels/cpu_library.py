@@ -21,6 +21,8 @@ KINDS = {dtype: kind for kind, dtype in enumerate(SCALARS)}
 # of the partial sums of one gradient
 MAX_CHUNKS = 64
 MAX_PARTIAL_BYTES = 64 * 2**20
+# of one tensor; a thread with less is waited for longer than it saves
+ELEMENTS_OF_A_THREAD = 2048
 
 
 class RowsArgument(ctypes.Structure):
@@ -61,8 +63,13 @@ def num_chunks(num_tokens: int, partial: Tensor) -> int:
     return min(num_tokens, MAX_CHUNKS, max(1, MAX_PARTIAL_BYTES // (4 * partial.numel())))
 
 
-def call(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
-    """Run one kernel on rows of a dtype, with as many threads as torch.
+def num_threads(num_tokens: int, width: int) -> int:
+    """Choose how many of torch's threads share so many rows: one where a token is decoded."""
+    return max(1, min(torch.get_num_threads(), num_tokens, num_tokens * width // ELEMENTS_OF_A_THREAD))
+
+
+def call(name: str, dtype: torch.dtype, arguments: Any) -> None:
+    """Run one kernel on rows of a dtype.
 
     Raises:
         TypeError: There is none for this dtype.
@@ -74,7 +81,7 @@ def call(name: str, dtype: torch.dtype, arguments: ctypes.Structure) -> None:
         )
     kernel = getattr(library(dtype).result(), f"attnres_{name}")
     # said outright: a library of the compiler's own OpenMP does not know what torch was told
-    kernel(ctypes.byref(arguments), ctypes.c_int(torch.get_num_threads()))
+    kernel(ctypes.byref(arguments), ctypes.c_int(num_threads(arguments.num_tokens, arguments.width)))
 
 
 @cache

@@ -37,6 +37,16 @@ def test_inductor_calls_the_kernel():
     assert compiled(torch.bfloat16, "inductor")["read.forward (C++)"] == 1
 
 
+def test_few_rows_are_one_thread_s():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        found = [cpu_library.num_threads(*size) for size in [(0, 768), (1, 16384), (2, 768), (8, 768), (1024, 768)]]
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1, 1, 1, 3, 4]
+
+
 def test_float64_is_plain():
     assert "read.forward (C++)" not in compiled(torch.float64)
 
