@@ -13,10 +13,19 @@ def machine_facts() -> dict[str, Any]:
     """Return device, versions and commit."""
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {_processor()}",
         "torch": torch.__version__,
         "commit": _commit(),
     }
+
+
+def _processor() -> str:
+    """Return the architecture, and with which of the instructions that matrix products are made of."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return platform.machine()
+    return ", ".join([platform.machine(), *(name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags)])
 
 
 def _commit() -> str:
