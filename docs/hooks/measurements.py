@@ -81,7 +81,12 @@ def _zoo(facts: Mapping[str, Any]) -> str:
     return f"{heading}\n\n{_table(('', ''), rows)}"
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"step_cpu": _step, "passes": _passes, "zoo": _zoo}
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "step_cpu": _step,
+    "step_cpu_avx512": _step,
+    "passes": _passes,
+    "zoo": _zoo,
+}
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
