@@ -16,7 +16,6 @@ that is missing or fails is a row that says so.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from attnres_rewrite import functional as F  # noqa: E402
 from benchmarks import peers  # noqa: E402
-from benchmarks.machine import machine_facts  # noqa: E402
+from benchmarks.machine import write_results  # noqa: E402
 from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
 
 EPS = peers.EPS
@@ -209,11 +208,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=others, default=list(others), help="timed beside ours")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(options)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        facts = {"machine": machine_facts(), "settings": settings, "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    write_results(options, measure(options))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the target is 1.5.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine_facts, synchronize
+from machine import synchronize, write_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -117,11 +116,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(options)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        facts = {"machine": machine_facts(), "settings": settings, "rows": rows}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    write_results(options, measure(options))
 
 
 if __name__ == "__main__":

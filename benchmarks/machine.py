@@ -1,8 +1,11 @@
-"""What every result file says about the machine it was measured on, and how to wait for a GPU."""
+"""What every result file says: the machine it was measured on, settings and rows; and how to wait for a GPU."""
 
+import argparse
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,14 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_results(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows to the file of --json, if one is given, with the other options."""
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key not in ("json", "compile_only")}
+        facts = {"machine": machine_facts(), "settings": settings, "rows": rows}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def synchronize(device: str) -> None:

@@ -11,7 +11,6 @@ so. Compared is one read of all sources, forward, and forward with backward.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from attnres_rewrite import functional as F  # noqa: E402
 from benchmarks import peers  # noqa: E402
-from benchmarks.machine import machine_facts  # noqa: E402
+from benchmarks.machine import write_results  # noqa: E402
 from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
 
 Operation = Callable[[], Any]
@@ -172,12 +171,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(options)
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        options.json.write_text(
-            json.dumps({"machine": machine_facts(), "settings": settings, "rows": rows}, indent=1) + "\n"
-        )
+    write_results(options, measure(options))
 
 
 if __name__ == "__main__":

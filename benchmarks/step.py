@@ -16,7 +16,6 @@ are compiled; --eager adds the original, `auto` and `naive` uncompiled.
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import attnres_rewrite as ar  # noqa: E402
-from benchmarks.machine import machine_facts, synchronize  # noqa: E402
+from benchmarks.machine import synchronize, write_results  # noqa: E402
 from examples.gpt import GPT, Layer  # noqa: E402
 
 SCHEDULES = ("direct", "two_phase", "auto")
@@ -223,10 +222,7 @@ def main() -> None:
     for row in itertools.chain(measure(options), compile_rows(timed_apart, sys.argv[1:])):
         rows.append(row)
         # after each: a run that is cut short keeps what it has
-        if options.json:
-            settings = {key: value for key, value in vars(options).items() if key not in ("json", "compile_only")}
-            facts = {"machine": machine_facts(), "settings": settings, "rows": rows}
-            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        write_results(options, rows)
 
 
 if __name__ == "__main__":
