@@ -1,11 +1,12 @@
 // The kernels of all operations for a CPU; cpu_library.py compiles them, once for each Scalar, the dtype of the rows,
 // and each cpu.py calls its own.
 //
-// T tokens, N sources, Q queries, D channels. A token is done whole. Its rows are widened to float32, in rows of P
-// floats, P being D rounded up to whole pairs of vectors and the rest zero, so no loop over them has a tail; they stay
-// in the cache. Every loop takes a pair of vectors a turn, which is one vector of 16 bits. Gradients that sum over tokens are
-// summed for each of num_chunks runs of tokens, whose number does not depend on that of the threads, and those in their
-// order: the same bits in every run.
+// T tokens, N sources, Q queries, D channels. A token is done whole, and its rows stay in the cache meanwhile: those of
+// the tensors as they are, widened to float32 each time they are read, for they take half the room; what is made of them
+// in rows of P floats, P being D rounded up to whole pairs of vectors and the rest zero. Every loop takes a pair of vectors
+// a turn, which is one vector of 16 bits, and whoever reads a row first asks for the same of the next token. Gradients
+// that sum over tokens are summed for each of num_chunks runs of tokens, whose number does not depend on that of the
+// threads, and those in their order: the same bits in every run.
 //
 // The formulas are those of the Triton kernels beside each cpu.py.
 
@@ -28,29 +29,12 @@ namespace {
 using Scalar = ATTNRES_SCALAR;
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
+// sums and rows stay in registers only where all that a loop calls is inlined, which compilers decide by size
+#define ATTNRES_KERNEL __attribute__((flatten)) void
 // outputs of one loop: so many sums stay in registers
 constexpr int GROUP = 4;
 // vectors that are added up as they come, before their sum is added to that of all by Kahan's method
 constexpr int64_t RUN = 16;
-
-// where the rows of several tensors start; see rows.py
-struct Rows {
-  const void* const* tensors;
-  const int64_t* strides;
-  const int64_t* sizes;
-  int64_t rank;
-
-  template <typename Kind = Scalar>
-  const Kind* row(int64_t tensor, int64_t token) const {
-    const int64_t* stride = strides + tensor * rank;
-    int64_t start = 0;
-    for (int64_t dim = rank - 1; dim > 0; dim--) {
-      start += token % sizes[dim - 1] * stride[dim];
-      token /= sizes[dim - 1];
-    }
-    return static_cast<const Kind*>(tensors[tensor]) + start + token * stride[0];
-  }
-};
 
 // two vectors: of channels d ... and d + LANES ...
 struct Pair {
@@ -71,6 +55,8 @@ Pair fmadd(const Vec& a, const Pair& b, const Pair& c) {
 }
 
 constexpr int64_t PAIR = 2 * LANES;
+// channels that several loops go over before the next ones
+constexpr int64_t BLOCK = 8 * PAIR;
 
 template <typename Kind>
 using Narrow = std::conditional_t<std::is_same_v<Kind, float>, Pair, at::vec::Vectorized<Kind>>;
@@ -138,14 +124,44 @@ void put_narrow(const Narrow<Kind>& value, Kind* to, int64_t left) {
   }
 }
 
-// asks for the rows of the next token, which a core does not do by itself for so many tensors
-void prefetch(const Rows& rows, int64_t count, int64_t token, int64_t num_tokens, int64_t width) {
-  if (token + 1 >= num_tokens) return;
-  for (int64_t tensor = 0; tensor < count; tensor++) {
-    const char* row = reinterpret_cast<const char*>(rows.row(tensor, token + 1));
-    for (int64_t byte = 0; byte < width * int64_t(sizeof(Scalar)); byte += 64) __builtin_prefetch(row + byte);
+// the channels of one token in one tensor
+template <typename Kind>
+struct Row {
+  const Kind *here, *next;  // next: of the token after it
+  int64_t width;
+
+  // asks for the next one meanwhile: a core does not by itself for so many tensors, and asked for at once they block it
+  Pair first(int64_t d) const {
+    __builtin_prefetch(next + d);
+    if constexpr (sizeof(Kind) == 4) __builtin_prefetch(next + d + LANES);
+    return again(d);
   }
-}
+  Pair again(int64_t d) const { return pair_of(here + d, width - d); }
+};
+
+// where the rows of several tensors start; see rows.py
+struct Rows {
+  const void* const* tensors;
+  const int64_t* strides;
+  const int64_t* sizes;
+  int64_t rank;
+
+  template <typename Kind>
+  const Kind* start(int64_t tensor, int64_t token) const {
+    const int64_t* stride = strides + tensor * rank;
+    int64_t start = 0;
+    for (int64_t dim = rank - 1; dim > 0; dim--) {
+      start += token % sizes[dim - 1] * stride[dim];
+      token /= sizes[dim - 1];
+    }
+    return static_cast<const Kind*>(tensors[tensor]) + start + token * stride[0];
+  }
+
+  template <typename Kind = Scalar>
+  Row<Kind> row(int64_t tensor, int64_t token, int64_t num_tokens, int64_t width) const {
+    return {start<Kind>(tensor, token), start<Kind>(tensor, std::min(token + 1, num_tokens - 1)), width};
+  }
+};
 
 // rows of P floats in the cache of one thread
 struct Tile {
@@ -158,10 +174,12 @@ struct Tile {
   float* operator[](int64_t row) { return values.data() + row * padded; }
 
   template <typename Kind>
-  void load(int64_t row, const Kind* from) {
+  void load(int64_t row, const Row<Kind>& from) {
     float* to = (*this)[row];
-    for (int64_t d = 0; d < width; d += PAIR) put(pair_of(from + d, width - d), to + d);
+    for (int64_t d = 0; d < padded; d += PAIR) put(from.first(d), to + d);
   }
+
+  void load(int64_t row, const float* from) { std::copy_n(from, width, (*this)[row]); }
 
   void store(int64_t row, float* to) { std::copy_n((*this)[row], width, to); }
 };
@@ -206,18 +224,17 @@ void in_groups(int64_t count, Call call) {
   if (count - first == 1) call(std::integral_constant<int, 1>(), first);
 }
 
-// outs(k, d, start(k, d) + sum over i of factors[k * count + i] * rows[i][d]), for every k < num
-template <typename Start, typename Out>
-void combine(
-    const float* const* rows, int64_t count, const float* factors, int64_t padded, int64_t num, Start start, Out out) {
+// outs(k, d, start(k, d) + sum over i < count of factors[k * count + i] * at(i, d)), for every k < num and d of [from, to)
+template <typename At, typename Start, typename Out>
+void combine(At at, int64_t count, const float* factors, int64_t from, int64_t to, int64_t num, Start start, Out out) {
   in_groups(num, [&](auto size, int64_t first) {
     constexpr int K = size;
     const float* own = factors + first * count;
-    for (int64_t d = 0; d < padded; d += PAIR) {
+    for (int64_t d = from; d < to; d += PAIR) {
       Pair sums[K];
       each<K>([&](auto k) { sums[k] = start(first + k, d); });
       for (int64_t i = 0; i < count; i++) {
-        const Pair here = pair_at(rows[i] + d);
+        const Pair here = at(i, d);
         each<K>([&](auto k) { sums[k] = fmadd(Vec(own[k * count + i]), here, sums[k]); });
       }
       each<K>([&](auto k) { out(first + k, d, sums[k]); });
@@ -225,18 +242,16 @@ void combine(
   });
 }
 
-// a row of a source into the tile; found[q] = row . against[q] for q < count, and found[count] = row . row
-void load_with_dots(
-    Tile& tile, int64_t row, const Scalar* from, const float* const* against, int64_t count, float* found) {
+// found[q] = row . against[q] for q < count, and found[count] = row . row
+void dots(const Row<Scalar>& row, int64_t padded, const float* const* against, int64_t count, float* found) {
   in_groups(count, [&](auto size, int64_t first) {
     constexpr int K = size;
     float sums_of_group[K + 1];
     // captured by value: what the loop stores might else have changed them
     std::array<const float*, K> own;
     std::copy_n(against + first, K, own.begin());
-    sum_up<K + 1>(tile.padded, sums_of_group, [=, to = tile[row], width = tile.width](int64_t d, Pair* sums) {
-      const Pair here = pair_of(from + d, width - d);
-      put(here, to + d);
+    sum_up<K + 1>(padded, sums_of_group, [=](int64_t d, Pair* sums) {
+      const Pair here = row.first(d);
       each<K>([&](auto k) { sums[k] = fmadd(here, pair_at(own[k] + d), sums[k]); });
       sums[K] = fmadd(here, here, sums[K]);
     });
@@ -268,20 +283,25 @@ std::vector<const float*> pointers(Tile& tile, int64_t count) {
 // weights [Q, N] of one token from its logits [N, Q]; lse[q * lse_stride], where it is asked for
 void softmax(
     const float* logit, int64_t num_sources, int64_t num_queries, float* weights, float* lse, int64_t lse_stride) {
-  for (int64_t q = 0; q < num_queries; q++) {
-    float* weight = weights + q * num_sources;
+  const int64_t N = num_sources, Q = num_queries;
+  for (int64_t q = 0; q < Q; q++) {
     float top = logit[q];
     // the second comparison keeps what is not a number
-    for (int64_t n = 1; n < num_sources; n++) {
-      float here = logit[n * num_queries + q];
+    for (int64_t n = 1; n < N; n++) {
+      float here = logit[n * Q + q];
       if (here > top || here != here) top = here;
     }
-    for (int64_t n = 0; n < num_sources; n++) weight[n] = logit[n * num_queries + q] - top;
-    at::vec::map<float>([](Vec x) { return x.exp(); }, weight, weight, num_sources);
+    for (int64_t n = 0; n < N; n++) weights[q * N + n] = logit[n * Q + q] - top;
+    if (lse != nullptr) lse[q * lse_stride] = top;
+  }
+  at::vec::map<float>([](Vec x) { return x.exp(); }, weights, weights, Q * N);
+  for (int64_t q = 0; q < Q; q++) {
+    float* weight = weights + q * N;
     double total = 0.0;
-    for (int64_t n = 0; n < num_sources; n++) total += weight[n];
-    for (int64_t n = 0; n < num_sources; n++) weight[n] /= total;
-    if (lse != nullptr) lse[q * lse_stride] = top + float(std::log(total));
+    for (int64_t n = 0; n < N; n++) total += weight[n];
+    const double share = 1.0 / total;
+    for (int64_t n = 0; n < N; n++) weight[n] *= share;
+    if (lse != nullptr) lse[q * lse_stride] += float(std::log(total));
   }
 }
 
@@ -297,38 +317,33 @@ struct Mix {
   const float* factors;  // Q, of the mixes
 };
 
-void mix(const Mix& args, int num_threads) {
-  const int64_t N = args.num_sources, Q = args.num_queries, D = args.width;
+ATTNRES_KERNEL mix(const Mix& args, int num_threads) {
+  const int64_t N = args.num_sources, Q = args.num_queries, D = args.width, T = args.num_tokens;
 #pragma omp parallel num_threads(num_threads)
   {
     const bool has_probes = args.probes != nullptr, has_outs = args.outs != nullptr;
-    Tile values(has_outs ? N : 1, D), probes(has_probes ? Q : 0, D);
+    Tile probes(Q, D);
     std::vector<float> weights(Q * N), found(Q + 1);
-    const std::vector<const float*> rows = pointers(values, has_outs ? N : 1);
-    const std::vector<const float*> against = pointers(probes, has_probes ? Q : 0);
+    std::vector<Row<Scalar>> rows(N);
+    const std::vector<const float*> against = pointers(probes, Q);
     for (int64_t q = 0; has_probes && q < Q; q++) probes.load(q, args.probes + q * D);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < args.num_tokens; t++) {
+    for (int64_t t = 0; t < T; t++) {
       float* logit = args.logit + t * N * Q;
-      prefetch(args.sources, N, t, args.num_tokens, D);
-      for (int64_t n = 0; n < N; n++) {
-        const Scalar* source = args.sources.row(n, t);
-        const int64_t row = has_outs ? n : 0;
-        if (has_probes) {
-          load_with_dots(values, row, source, against.data(), Q, found.data());
-          const double rstd = 1.0 / std::sqrt(double(found[Q]) / D + args.eps);
-          args.rstd[t * N + n] = rstd;
-          for (int64_t q = 0; q < Q; q++) logit[n * Q + q] = found[q] * rstd;
-        } else {
-          values.load(row, source);
-        }
+      for (int64_t n = 0; n < N; n++) rows[n] = args.sources.row(n, t, T, D);
+      for (int64_t n = 0; has_probes && n < N; n++) {
+        dots(rows[n], probes.padded, against.data(), Q, found.data());
+        const double rstd = 1.0 / std::sqrt(double(found[Q]) / D + args.eps);
+        args.rstd[t * N + n] = rstd;
+        for (int64_t q = 0; q < Q; q++) logit[n * Q + q] = found[q] * rstd;
       }
       if (!has_outs) continue;
-      softmax(logit, N, Q, weights.data(), args.lse == nullptr ? nullptr : args.lse + t, args.num_tokens);
+      softmax(logit, N, Q, weights.data(), args.lse == nullptr ? nullptr : args.lse + t, T);
       for (int64_t q = 0; q < Q; q++)
         for (int64_t n = 0; n < N; n++) weights[q * N + n] *= args.factors[q];
       combine(
-          rows.data(), N, weights.data(), values.padded, Q, [](int64_t, int64_t) { return Pair{Vec(0.0f), Vec(0.0f)}; },
+          [&](int64_t n, int64_t d) { return rows[n].first(d); }, N, weights.data(), 0, probes.padded, Q,
+          [](int64_t, int64_t) { return Pair{Vec(0.0f), Vec(0.0f)}; },
           [&](int64_t q, int64_t d, const Pair& mixed) {
             put_narrow(narrow<Scalar>(mixed), static_cast<Scalar*>(args.outs[q]) + t * D + d, D - d);
           });
@@ -349,27 +364,29 @@ struct MixBackward {
   const float* factors;  // Q, of the mixes
 };
 
-void mix_backward(const MixBackward& args, int num_threads) {
+ATTNRES_KERNEL mix_backward(const MixBackward& args, int num_threads) {
   const int64_t N = args.num_sources, Q = args.num_queries, D = args.width, T = args.num_tokens;
 #pragma omp parallel num_threads(num_threads)
   {
     // `terms` is what the gradient of a source is made of: the gradients of the mixes, then the probes
-    Tile values(N, D), terms(2 * Q, D), sums(Q, D);
-    const std::vector<const float*> rows = pointers(values, N), parts = pointers(terms, 2 * Q);
+    Tile terms(2 * Q, D), sums(Q, D);
+    const int64_t padded = terms.padded;
+    std::vector<Row<Scalar>> rows(N);
+    const std::vector<const float*> parts = pointers(terms, 2 * Q);
     // of one token: weights [Q, N], their gradients [N, Q], z [Q, N], factors of the terms [N, 2Q] and of the rows [N]
     std::vector<float> weights(Q * N), products(N * Q + 1), z(Q * N), factors(N * 2 * Q), slopes(N);
     for (int64_t q = 0; q < Q; q++) terms.load(Q + q, args.probes + q * D);
-    const int64_t num_rows = N + Q - std::count(args.row_of_grad, args.row_of_grad + Q, -1);
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < args.num_chunks; chunk++) {
       std::fill(sums.values.begin(), sums.values.end(), 0.0f);
       for (int64_t t = T * chunk / args.num_chunks; t < T * (chunk + 1) / args.num_chunks; t++) {
-        prefetch(args.sources, num_rows, t, T, D);
         for (int64_t q = 0; q < Q; q++)
-          if (args.row_of_grad[q] >= 0) terms.load(q, args.sources.row(args.row_of_grad[q], t));
+          if (args.row_of_grad[q] >= 0) terms.load(q, args.sources.row(args.row_of_grad[q], t, T, D));
         // the square of a row, behind its products, is those of the next row's to write over
-        for (int64_t n = 0; n < N; n++)
-          load_with_dots(values, n, args.sources.row(n, t), parts.data(), Q, products.data() + n * Q);
+        for (int64_t n = 0; n < N; n++) {
+          rows[n] = args.sources.row(n, t, T, D);
+          dots(rows[n], padded, parts.data(), Q, products.data() + n * Q);
+        }
         const float *logit = args.logit + t * N * Q, *rstd = args.rstd + t * N;
         softmax(logit, N, Q, weights.data(), nullptr, 0);
         for (int64_t q = 0; q < Q; q++) {
@@ -389,15 +406,19 @@ void mix_backward(const MixBackward& args, int num_threads) {
           for (int64_t q = 0; q < Q; q++) c += z[q * N + n] * logit[n * Q + q];
           slopes[n] = -c * rstd[n] / D;
         }
-        combine(
-            parts.data(), 2 * Q, factors.data(), values.padded, N,
-            [&](int64_t n, int64_t d) { return Vec(slopes[n]) * pair_at(rows[n] + d); },
-            [&](int64_t n, int64_t d, const Pair& grad) {
-              put_narrow(narrow<Scalar>(grad), static_cast<Scalar*>(args.dsources[n]) + t * D + d, D - d);
-            });
-        combine(
-            rows.data(), N, z.data(), values.padded, Q, [&](int64_t q, int64_t d) { return pair_at(sums[q] + d); },
-            [&](int64_t q, int64_t d, const Pair& sum) { put(sum, sums[q] + d); });
+        for (int64_t from = 0; from < padded; from += BLOCK) {
+          const int64_t to = std::min(from + BLOCK, padded);
+          combine(
+              [&](int64_t i, int64_t d) { return pair_at(parts[i] + d); }, 2 * Q, factors.data(), from, to, N,
+              [&](int64_t n, int64_t d) { return Vec(slopes[n]) * rows[n].again(d); },
+              [&](int64_t n, int64_t d, const Pair& grad) {
+                put_narrow(narrow<Scalar>(grad), static_cast<Scalar*>(args.dsources[n]) + t * D + d, D - d);
+              });
+          combine(
+              [&](int64_t n, int64_t d) { return rows[n].again(d); }, N, z.data(), from, to, Q,
+              [&](int64_t q, int64_t d) { return pair_at(sums[q] + d); },
+              [&](int64_t q, int64_t d, const Pair& sum) { put(sum, sums[q] + d); });
+        }
       }
       for (int64_t q = 0; q < Q; q++) sums.store(q, args.parts + (chunk * Q + q) * D);
     }
@@ -420,15 +441,26 @@ struct Merge {
 // scalars of a token are float64: their rounding would be that of a whole row
 double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
-Pair update_at(const Merge& args, int64_t token, int64_t d) {
-  const int64_t left = args.width - d;
-  if (args.update_kind == 1) return pair_of(args.rows.row<c10::BFloat16>(2, token) + d, left);
-  if (args.update_kind == 2) return pair_of(args.rows.row<c10::Half>(2, token) + d, left);
-  return pair_of(args.rows.row<float>(2, token) + d, left);
-}
+// a row of the update, whose dtype may be another than that of the rest
+struct Update {
+  int64_t kind;
+  Row<float> row;
+  Row<c10::BFloat16> bfloat16_row;
+  Row<c10::Half> half_row;
 
-void merge(const Merge& args, int num_threads) {
-  const int64_t D = args.width;
+  Update(const Merge& args, int64_t token) : kind(args.update_kind) {
+    if (kind == 0) row = args.rows.row<float>(2, token, args.num_tokens, args.width);
+    if (kind == 1) bfloat16_row = args.rows.row<c10::BFloat16>(2, token, args.num_tokens, args.width);
+    if (kind == 2) half_row = args.rows.row<c10::Half>(2, token, args.num_tokens, args.width);
+  }
+
+  Pair first(int64_t d) const {
+    return kind == 0 ? row.first(d) : kind == 1 ? bfloat16_row.first(d) : half_row.first(d);
+  }
+};
+
+ATTNRES_KERNEL merge(const Merge& args, int num_threads) {
+  const int64_t D = args.width, T = args.num_tokens;
 #pragma omp parallel num_threads(num_threads)
   {
     Tile tile(6, D);
@@ -439,15 +471,15 @@ void merge(const Merge& args, int num_threads) {
     if (args.bias != nullptr) std::copy_n(args.bias, D, bias);
     std::copy_n(args.probe, D, probe);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < args.num_tokens; t++) {
-      const Scalar *partial = args.rows.row(0, t), *inter_out = args.rows.row(1, t);
+    for (int64_t t = 0; t < T; t++) {
+      const Row<Scalar> partial = args.rows.row(0, t, T, D), inter_out = args.rows.row(1, t, T, D);
+      const Update update(args, t);
       Scalar *total = static_cast<Scalar*>(args.total) + t * D, *out = static_cast<Scalar*>(args.out) + t * D;
-      prefetch(args.rows, 2, t, args.num_tokens, D);
       float found[2];
       sum_up<2>(tile.padded, found, [&](int64_t d, Pair* sums) {
-        Pair here = pair_of(partial + d, D - d);
+        Pair here = partial.first(d);
         if (args.update_kind >= 0) {
-          const auto sum = narrow<Scalar>(here + update_at(args, t, d));
+          const auto sum = narrow<Scalar>(here + update.first(d));
           put_narrow(sum, total + d, D - d);
           // the merge takes the sum as later reads will find it
           here = widen<Scalar>(sum);
@@ -461,7 +493,7 @@ void merge(const Merge& args, int num_threads) {
       const Vec share(float(args.factor * sigmoid(logit - lse))), rest(float(args.factor * sigmoid(lse - logit)));
       float norm_rstd = 0.0f, mean = 0.0f, square = 0.0f;
       const auto mix_at = [&](int64_t d) {
-        return fmadd(rest, pair_of(inter_out + d, D - d), share * pair_at(p + d));
+        return fmadd(rest, inter_out.first(d), share * pair_at(p + d));
       };
       if (args.norm == NONE) {
         for (int64_t d = 0; d < tile.padded; d += PAIR) put_narrow(narrow<Scalar>(mix_at(d)), out + d, D - d);
@@ -509,7 +541,7 @@ struct MergeBackward {
   float factor;
 };
 
-void merge_backward(const MergeBackward& args, int num_threads) {
+ATTNRES_KERNEL merge_backward(const MergeBackward& args, int num_threads) {
   const int64_t D = args.width, T = args.num_tokens;
   const int64_t num_vectors = 1 + (args.weight != nullptr) + (args.has_bias != 0);
 #pragma omp parallel num_threads(num_threads)
@@ -524,28 +556,26 @@ void merge_backward(const MergeBackward& args, int num_threads) {
     for (int64_t chunk = 0; chunk < args.num_chunks; chunk++) {
       std::fill(sums.values.begin(), sums.values.end(), 0.0f);
       for (int64_t t = T * chunk / args.num_chunks; t < T * (chunk + 1) / args.num_chunks; t++) {
-        prefetch(args.rows, 3 + args.has_grad_total, t, T, D);
-        const Scalar *partial = args.rows.row(0, t), *inter_out = args.rows.row(1, t), *grad_out = args.rows.row(2, t);
-        const Scalar* grad_total = args.has_grad_total ? args.rows.row(3, t) : nullptr;
+        const auto row_of = [&](int64_t tensor) { return args.rows.row(tensor, t, T, D); };
+        const Row<Scalar> partial = row_of(0), inter_out = row_of(1), grad_out = row_of(2);
+        const Row<Scalar> grad_total = row_of(args.has_grad_total ? 3 : 2);
         const float* stats = args.stats + 4 * t;
         const double rstd = stats[0], logit = stats[1], lse = args.lse[t];
         const Vec norm_rstd(stats[2]), mean(stats[3]);
         const double part = sigmoid(logit - lse), other = sigmoid(lse - logit);
         const Vec share(float(args.factor * part)), rest(float(args.factor * other));
-        const auto p_at = [&](int64_t d) { return pair_of(partial + d, D - d); };
-        const auto o_at = [&](int64_t d) { return pair_of(inter_out + d, D - d); };
-        const auto g_at = [&](int64_t d) { return pair_of(grad_out + d, D - d); };
         float product;
         if (args.norm == NONE) {
           sum_up<1>(tile.padded, &product, [&](int64_t d, Pair* sum) {
-            const Pair grad = g_at(d);
+            const Pair grad = grad_out.first(d);
             put(grad, g + d);
-            sum[0] = fmadd(grad, p_at(d) - o_at(d), sum[0]);
+            sum[0] = fmadd(grad, partial.first(d) - inter_out.first(d), sum[0]);
           });
         } else {
           float found[2];
           sum_up<2>(tile.padded, found, [&](int64_t d, Pair* sum) {
-            const Pair grad = g_at(d), centred = rest * o_at(d) + share * p_at(d) - mean * pair_at(ones + d);
+            const Pair grad = grad_out.first(d), mixed = rest * inter_out.first(d) + share * partial.first(d);
+            const Pair centred = mixed - mean * pair_at(ones + d);
             const Pair here = norm_rstd * centred, weighted = grad * pair_at(weight + d);
             if (args.has_bias) put(pair_at(dbias + d) + grad, dbias + d);
             if (args.weight != nullptr) put(fmadd(grad, here, pair_at(dweight + d)), dweight + d);
@@ -559,7 +589,7 @@ void merge_backward(const MergeBackward& args, int num_threads) {
             const Pair off = middle * pair_at(ones + d) + pull * pair_at(y + d);
             const Pair grad = norm_rstd * (pair_at(g + d) - off);
             put(grad, g + d);
-            sum[0] = fmadd(grad, p_at(d) - o_at(d), sum[0]);
+            sum[0] = fmadd(grad, partial.again(d) - inter_out.again(d), sum[0]);
           });
         }
         const double dlogit = args.factor * part * other * product;
@@ -567,11 +597,11 @@ void merge_backward(const MergeBackward& args, int num_threads) {
         const Vec scaled(float(dlogit * rstd)), bend(float(rstd * logit / D));
         Scalar *dinter = static_cast<Scalar*>(args.dinter) + t * D, *dtotal = static_cast<Scalar*>(args.dtotal) + t * D;
         for (int64_t d = 0; d < tile.padded; d += PAIR) {
-          const Pair here = p_at(d), grad = pair_at(g + d);
+          const Pair here = partial.again(d), grad = pair_at(g + d);
           put_narrow(narrow<Scalar>(rest * grad), dinter + d, D - d);
           put(fmadd(scaled, here, pair_at(dprobe + d)), dprobe + d);
           Pair found = share * grad + scaled * (pair_at(probe + d) - bend * here);
-          if (grad_total != nullptr) found = found + pair_of(grad_total + d, D - d);
+          if (args.has_grad_total) found = found + grad_total.first(d);
           put_narrow(narrow<Scalar>(found), dtotal + d, D - d);
         }
       }
