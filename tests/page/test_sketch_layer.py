@@ -1,13 +1,14 @@
 """What is drawn of a layer, before and after the rewrite."""
 
 import pytest
+from torch import nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.page.choose_layer import Layer, choose_layer
 from attnres_rewrite.page.sketch_after import sketch_after
 from attnres_rewrite.page.sketch_before import sketch_before
 from attnres_rewrite.page.svg import draw
-from tests.networks import gpt, gpt_of, ids
+from tests.networks import WIDTH, gpt, gpt_of, ids
 
 
 def rewritten(model, **config):
@@ -82,6 +83,7 @@ STEPS = {
     "sandwich": lambda layer, x: x + layer.n2(layer.f(layer.n1(x))),
     "layer scale": lambda layer, x: x + layer.gain * layer.f(layer.n1(x)),
     "scaled stream": lambda layer, x: 0.9 * x + layer.f(layer.n1(x)),
+    "scaled by a parameter": lambda layer, x: (x + layer.f(layer.n1(x))) * layer.gain,
 }
 
 
@@ -137,6 +139,23 @@ def test_every_read_drawn_has_all_its_sources(name, schedule):
             assert sources_into(sketch, row) == num_sources[state], box
             drawn += 1
     assert drawn == 1 + sum(layer.first - 1 <= state < layer.last for state in num_sources)
+
+
+class CastingNorm(nn.LayerNorm):
+    """Casts what it reads; in float32 that is the stream itself, and the add behind it reads the cast."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_the_running_sum_does_not_come_out_of_a_norm_that_casts():
+    model = gpt_of(lambda layer, x: (x + layer.f(layer.n1(x))) * layer.gain, depth=4)
+    for layer in model.layers:
+        layer.n1 = CastingNorm(WIDTH)
+    before, _ = sketches(*rewritten(model, num_blocks=2))
+    assert described(before)[1] == "mul: 1 operation"
+    into_adds = [wire for wire in before.wires if wire.tint == "stream" and before.boxes[wire.end].kind == "add"]
+    assert [before.boxes[wire.start].title for wire in into_adds] == ["mul"]
 
 
 def subscript(state: int) -> str:
