@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure({variant: build(variant, 0, preset) for variant in VARIANTS}, preset, corpus, options.rounds)
     for name, row in rows.items():
         print(f"{name:9} {row['ms']:8.1f} ms a step, {row['bytes_per_second']:8.0f} bytes/s, x{row['ratio']:.3f}")
-    facts = {"preset": preset.facts(), "rounds": options.rounds, "variants": rows, **circumstances(corpus)}
+    facts = {"preset": preset.facts(), "rounds": options.rounds, "variants": rows, **circumstances(corpus, preset)}
     write_json(options.out / options.preset / "throughput.json", facts)
 
 
