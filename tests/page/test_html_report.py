@@ -229,6 +229,13 @@ def test_a_report_alone_has_no_picture_of_a_layer(report):
     assert "A report alone holds no graph" in page.text
 
 
+def test_blocks_of_one_update_are_full_attention_residuals(report):
+    (stream,) = report.streams
+    assert "reads of Block Attention Residuals" in ar.html_report(report)
+    full = replace(report, streams=(replace(stream, blocks=((1, 1), (2, 2), (3, 3))),))
+    assert "reads of Full Attention Residuals" in ar.html_report(full)
+
+
 def test_several_streams_are_told_apart(report):
     two = replace(report, streams=(report.streams[0], replace(report.streams[0], name="decoder")))
     rows = Page(ar.html_report(two)).table("Stream", "State")[1:]
