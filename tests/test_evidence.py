@@ -298,6 +298,14 @@ def test_throughput_times_all_variants_in_turns(models):
     assert tables.throughput({"throughput": {"variants": rows}}).count("\n") == 1 + len(VARIANTS)
 
 
+def test_a_step_on_a_gpu_is_timed_to_its_end(monkeypatch):
+    seen = []
+    monkeypatch.setattr(throughput, "_step_of", lambda *given: lambda: seen.append("step"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    throughput.measure({"original": None}, replace(TINY, device="cuda"), CORPUS, rounds=1)
+    assert seen == ["wait", "step", "wait"] * (throughput.WARM_UP_ROUNDS + 1)
+
+
 def test_retrofit_starts_where_the_trained_model_was(trained):
     _, facts = trained
     pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")

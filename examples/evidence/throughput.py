@@ -43,8 +43,10 @@ def measure(models: Mapping[str, nn.Module], preset: Preset, corpus: Corpus, rou
     seconds: dict[str, list[float]] = {variant: [] for variant in models}
     for turn in range(WARM_UP_ROUNDS + rounds):
         for variant, step in steps.items():
+            _wait(preset)
             start = time.perf_counter()
             step()
+            _wait(preset)
             if turn >= WARM_UP_ROUNDS:
                 seconds[variant].append(time.perf_counter() - start)
     rows: dict[str, dict[str, Any]] = {}
@@ -62,8 +64,13 @@ def measure(models: Mapping[str, nn.Module], preset: Preset, corpus: Corpus, rou
 def _step_of(model: nn.Module, preset: Preset, corpus: Corpus) -> Callable[[], float]:
     run = torch.compile(model) if preset.compile else model
     optimizer, batches = optimizer_for(model, preset.lr, preset), torch.Generator().manual_seed(0)
-    # the loss is fetched in each step, which waits for a GPU
     return lambda: training_step(run, draw(corpus.train, preset, batches), optimizer, preset)
+
+
+def _wait(preset: Preset) -> None:
+    """Wait for a GPU: the loss is fetched before the backward, which would be timed with the next variant's step."""
+    if preset.device != "cpu":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
