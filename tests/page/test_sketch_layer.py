@@ -193,6 +193,21 @@ def test_updates_without_a_layer_go_in_pairs():
     assert "layers.1.attn: Attention" in described(before)
 
 
+def test_a_skip_between_two_layers_is_no_layer():
+    class UNet(type(gpt())):
+        def forward(self, ids):
+            x, seen = self.embed(ids), []
+            for number, layer in enumerate(self.layers):
+                x = layer(x if number < 2 else x + seen.pop())
+                seen += [x] * (number < 2)
+            return self.head(self.norm(x))
+
+    _, plan = rewritten(UNet(4).eval(), block_size=3)
+    assert plan.stream.updates[4].kind == "skip"
+    # the skip reads state 4, the first of three sources
+    assert choose_layer(plan).title == "layers.2"
+
+
 def test_a_single_layer_is_drawn_from_its_root():
     program, plan = rewritten(gpt(1), num_blocks=1)
     before, after = sketches(program, plan)
