@@ -3,6 +3,7 @@
 A batch is a tensor, a tuple or list of positional inputs, or a mapping of inputs by name.
 """
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,17 +116,38 @@ def loss_of(outputs: Any, batch: Any, inputs: Inputs, loss_fn: Loss | None) -> T
 
 def _default_loss(outputs: Any, inputs: Inputs) -> Tensor:
     """Return the outputs' own loss, else the next-token cross-entropy of the logits among them."""
-    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    own = _named(outputs, "loss")
     if isinstance(own, Tensor):
         return own
     targets: Any = _tokens(inputs) if inputs.labels is None else inputs.labels
     # a decoder is fed its labels one place later, so those stand where they are predicted
     is_aligned = inputs.labels is not None and DECODED in inputs.kwargs
-    for logits in pytree.tree_leaves(outputs):
-        if _fits(logits, targets):
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            wide, wanted = (wide, targets) if is_aligned else (wide[:, :-1], targets[:, 1:])
-            return F.cross_entropy(wide.flatten(0, 1), wanted.flatten().long(), ignore_index=IGNORED)
+    logits = _logits(outputs, targets)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide, wanted = (wide, targets) if is_aligned else (wide[:, :-1], targets[:, 1:])
+    return F.cross_entropy(wide.flatten(0, 1), wanted.flatten().long(), ignore_index=IGNORED)
+
+
+def _named(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _logits(outputs: Any, targets: Any) -> Tensor:
+    """Return the output called "logits", else the only one that could be.
+
+    Raises:
+        ValueError: There is none, or a hidden state of the same form, which passes for logits without an error.
+    """
+    named = _named(outputs, "logits")
+    found = [value for value in pytree.tree_leaves(outputs if named is None else named) if _fits(value, targets)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shapes = " and ".join(str(list(value.shape)) for value in found)
+        raise ValueError(
+            f'{len(found)} outputs could be logits [batch, length, vocabulary], {shapes}, and none is called "logits"; '
+            "give loss_fn(outputs, batch)"
+        )
     raise ValueError(
         "the outputs have no loss, and no logits [batch, length, vocabulary] that fit labels or token ids "
         "[batch, length] of the batch, of two tokens or more; give loss_fn(outputs, batch)"
@@ -142,10 +164,12 @@ def _fits(logits: Any, targets: Any) -> bool:
 
 def _tokens(inputs: Inputs) -> Tensor | None:
     """Return the ids that a decoder predicts the next of, those of that name, or the first integers of the call."""
-    # by name first: a mask is of integers, too
     named = [inputs.kwargs.get(name) for name in (DECODED, "input_ids")]
-    leaves = pytree.tree_leaves((named, inputs.args, inputs.kwargs))
+    # a mask and positions are of integers, too
+    others = [value for name, value in inputs.kwargs.items() if not _NO_IDS.search(name)]
+    leaves = pytree.tree_leaves((named, inputs.args, others))
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dtype in _INTEGERS), None)
 
 
 _INTEGERS = frozenset({torch.int64, torch.int32})
+_NO_IDS = re.compile("mask|position|token_type")

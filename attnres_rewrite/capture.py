@@ -97,6 +97,7 @@ def _from_module(
         model = without_number_inputs(model, args)
     register_caches(model)
     _refuse_other_device(model, (args, kwargs))
+    args, kwargs = _told_apart((args, kwargs))
     programs: dict[bool, fx.GraphModule] = {}
     route: Route | None = None
     notes: list[str] = []
@@ -115,6 +116,19 @@ def _from_module(
     if len(programs) == 2 and same_program(*programs.values()):
         programs[not model.training] = programs[model.training]
     return replace(_captured(programs, model.training, str(route), start), notes=tuple(notes))
+
+
+def _told_apart(inputs: Any) -> Any:
+    """Copy a tensor that is given a second time: torch.export would make one input of both, whatever they are later."""
+    seen: set[int] = set()
+
+    def apart(leaf: torch.Tensor) -> torch.Tensor:
+        if id(leaf) in seen:
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        seen.add(id(leaf))
+        return leaf
+
+    return pytree.tree_map_only(torch.Tensor, apart, inputs)
 
 
 def refuse_rewritten(model: object) -> None:

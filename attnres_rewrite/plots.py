@@ -248,6 +248,8 @@ def _set_title(axes: "Axes", diagnosis: Diagnosis, of: StreamDiagnosis, what: st
 
 def _stream_of(diagnosis: Diagnosis, stream: int) -> StreamDiagnosis:
     require_matplotlib()
+    if not diagnosis.streams:
+        raise ValueError("the diagnosis has no figures to plot: no batch was finite")
     if not 0 <= stream < len(diagnosis.streams):
         raise ValueError(
             f"stream={stream}, and the diagnosis has figures of {len(diagnosis.streams)} streams, counted from 0"
@@ -283,9 +285,7 @@ def save_plots(
     from_formats = tuple(formats)
     if unknown := [name for name in from_formats if name not in FORMATS]:
         raise ValueError(f"formats {', '.join(unknown)} are not of {', '.join(FORMATS)}")
-    if not diagnosis.streams:
-        raise ValueError("the diagnosis has no figures to plot: no batch was finite")
-    require_matplotlib()
+    _stream_of(diagnosis, 0)
     targets = _targets(diagnosis, folder, from_formats)
     if there := [str(path) for path in targets if path.exists() and not force]:
         raise ArtifactError(explain("a plot exists", there[0], "", "Give another folder, or force=True."))

@@ -23,6 +23,7 @@ SublayerKind = Literal["attention", "mlp", ""]
 
 _ATTENTION = frozenset("attn attention mha mla gqa".split())
 _MLP = frozenset("mlp ffn ff ffw feedforward moe glu expert experts".split())
+_KNOWN = _ATTENTION | _MLP
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 
 
@@ -101,13 +102,16 @@ def _modules_of(nodes: set[fx.Node]) -> dict[str, str]:
 
 
 def _kind(own: Mapping[str, str]) -> SublayerKind:
-    words: set[str] = set()
-    for name, class_name in own.items():
-        for text in (name.rpartition(".")[2], class_name.rpartition(".")[2]):
-            parts = [part.lower() for part in _WORD.findall(text)]
-            if not any("norm" in part for part in parts):
-                words |= {*parts, *map("".join, itertools.pairwise(parts))}
-    attention, mlp = bool(words & _ATTENTION), bool(words & _MLP)
-    if attention == mlp:
+    texts = (text.rpartition(".")[2] for pair in own.items() for text in pair)
+    kinds: set[SublayerKind] = {kind for text in texts if (kind := _kind_of_name(text))}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _kind_of_name(text: str) -> SublayerKind:
+    parts = [part.lower() for part in _WORD.findall(text)]
+    if any("norm" in part for part in parts):
         return ""
-    return "attention" if attention else "mlp"
+    words = itertools.chain.from_iterable(zip(map("".join, itertools.pairwise(["", *parts])), parts, strict=True))
+    # the last word tells: Qwen3MoeAttention is attention in a model of experts
+    said: list[SublayerKind] = ["attention" if word in _ATTENTION else "mlp" for word in words if word in _KNOWN]
+    return said[-1] if said else ""

@@ -75,6 +75,22 @@ def test_ids_are_found_by_their_name_before_a_mask_and_in_any_integers():
     torch.testing.assert_close(loss_of(LOGITS, None, labelled, None), by_hand(IDS - 1))
 
 
+def test_a_mask_is_not_taken_for_ids():
+    mask = {"attention_mask": torch.ones_like(IDS), "position_ids": torch.arange(3).expand(2, 3)}
+    found = loss_of(LOGITS, None, Inputs((), mask | {"tokens": IDS}, None), None)
+    torch.testing.assert_close(found, by_hand(IDS))
+    with pytest.raises(ValueError, match="fit labels or token ids"):
+        loss_of(LOGITS, None, Inputs((), mask | {"inputs_embeds": LOGITS}, None), None)
+
+
+def test_a_hidden_state_is_not_taken_for_logits():
+    hidden, call = LOGITS.detach() * 2, Inputs((IDS,), {}, None)
+    for outputs in ({"hidden": hidden, "logits": LOGITS}, SimpleNamespace(logits=LOGITS), (hidden[:, :2], LOGITS)):
+        torch.testing.assert_close(loss_of(outputs, None, call, None), by_hand(IDS))
+    with pytest.raises(ValueError, match=r"2 outputs could be logits.*\[2, 3, 7\] and \[2, 3, 7\].*give loss_fn"):
+        loss_of((hidden, LOGITS), None, call, None)
+
+
 def test_labels_of_a_decoder_stand_where_they_are_predicted():
     labels = torch.tensor([[0, 3, -100], [5, -100, 2]])
     batch = {"input_ids": IDS, "decoder_input_ids": IDS - 1}

@@ -293,6 +293,17 @@ def test_tensors_that_are_plain_attributes_stay_as_they_are() -> None:
     assert not hasattr(model, "last")
 
 
+def test_one_example_given_twice_is_two_inputs():
+    class TwoTexts(Gpt):
+        def forward(self, text: Tensor, other: Tensor) -> Tensor:
+            return super().forward(text) + self.embed(other).sum(-1, keepdim=True)
+
+    model, same = TwoTexts(depth=1).eval(), ids()
+    for args, kwargs in (((same, same), {}), ((same,), {"other": same})):
+        new = ar.rewrite(model, args, kwargs, dynamic_shapes={}, verify=False)
+        torch.testing.assert_close(new(same, other=same.flip(0)), model(same, same.flip(0)))
+
+
 def attention_dropout(x: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import platform
 import re
+import shutil
 import sys
 from dataclasses import replace
 from itertools import product
@@ -155,6 +157,24 @@ def test_checkpoint_of_another_run_is_refused(models, tmp_path):
         run(models["original"], tmp_path, replace(TINY, lr=0.1))
 
 
+def test_checkpoint_of_another_read_or_machine_is_refused(models, tmp_path, monkeypatch):
+    run(models["block"], tmp_path)
+    biased = train.build("recency_bias", 3, TINY)
+    with pytest.raises(ValueError, match=r"of another run \(read .*recency_bias=0.0.* there, .*recency_bias=2.0"):
+        run(biased, tmp_path)
+    # a run that ended is not called one of today's torch
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.raises(ValueError, match=r"of another run \(torch .* there, 9.9 now\)"):
+        run(models["block"], tmp_path)
+
+
+def test_the_machine_of_a_run_is_that_of_its_preset(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert train.circumstances(CORPUS, TINY)["device"].endswith(f"CPU cores, {platform.machine()}")
+    assert train.circumstances(CORPUS, PRESETS["gpu"])["device"] == "a GPU"
+
+
 def test_validation_loss_is_the_mean_over_the_same_windows(models):
     model = models["original"]
     text = CORPUS.validation
@@ -183,6 +203,33 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_it(models, tmp_path, cap
     assert again.ended == record.ended
     train.report(train.Console(), "original", record)
     assert "the run is kept" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_final_loss_that_is_not_finite_is_no_result(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate", lambda *given: float("nan"))
+    _, record = run(models["original"], tmp_path / "tiny" / "original-3")
+    assert record.ended == "the final validation loss is nan"
+    assert json.loads(json.dumps(record.facts(), allow_nan=False))["final_validation"] is None
+    with pytest.raises(
+        ValueError, match=r"original-3 was not trained to the end, the final .* nan: leave its seed out"
+    ):
+        look._trained(tmp_path / "tiny" / "original-3", TINY)
+
+
+def test_a_rate_at_which_a_retrofit_ended_early_has_no_figure():
+    def losses(**by_variant):
+        return {"final_validation": {name: {"by_seed": by_seed} for name, by_seed in by_variant.items()}}
+
+    same = losses(original={"0": 2.0, "1": 3.0}, block={"0": 1.5, "1": 2.5}, gate={"0": 1.5, "1": 2.5})
+    facts = {"retrofit": same, "retrofit_read_lr": {"16": losses(block={"0": 1.0})}}
+    facts["retrofit_read_lr"]["64"] = losses(gate={"1": 2.0})
+    rows = tables.retrofit_read_lr(facts).splitlines()[4:]
+    assert rows == [
+        "| x16 | Block | -1.0000 | - | -1.0000 |",
+        "| x16 | Block, `gate=True` | - | - | - |",
+        "| x64 | Block | - | - | - |",
+        "| x64 | Block, `gate=True` | - | -1.0000 | -1.0000 |",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +298,14 @@ def test_throughput_times_all_variants_in_turns(models):
     assert tables.throughput({"throughput": {"variants": rows}}).count("\n") == 1 + len(VARIANTS)
 
 
+def test_a_step_on_a_gpu_is_timed_to_its_end(monkeypatch):
+    seen = []
+    monkeypatch.setattr(throughput, "_step_of", lambda *given: lambda: seen.append("step"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    throughput.measure({"original": None}, replace(TINY, device="cuda"), CORPUS, rounds=1)
+    assert seen == ["wait", "step", "wait"] * (throughput.WARM_UP_ROUNDS + 1)
+
+
 def test_retrofit_starts_where_the_trained_model_was(trained):
     _, facts = trained
     pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")
@@ -265,6 +320,18 @@ def test_retrofit_starts_where_the_trained_model_was(trained):
     for one in runs.values():
         assert one["after_rewrite"] == pytest.approx(one["before_rewrite"], abs=1e-6)
         assert one["train_loss"][0] == pytest.approx(runs["original"]["train_loss"][0], abs=1e-5)
+
+
+def test_retrofit_of_another_checkpoint_is_refused(trained, tmp_path):
+    out, _ = trained
+    pretrained = tmp_path / "original-0"
+    shutil.copytree(out / "tiny" / "original-0", pretrained)
+    state = torch.load(pretrained / "checkpoint.pt", weights_only=True)
+    state["record"]["final_validation"] += 1
+    torch.save(state, pretrained / "checkpoint.pt")
+    folder = out / "tiny" / "retrofit-original-0"
+    with pytest.raises(ValueError, match=r"is of another run \(started_at "):
+        retrofit.continue_variant("original", 0, TINY, CORPUS, pretrained, folder, train.Console())
 
 
 def test_retrofit_at_another_rate_is_kept_apart(trained):

@@ -112,7 +112,7 @@ def test_figures_for_a_page_follow_its_colours():
         "stream.1: entropies",
         "stream.2: depth attention",
     ]
-    with pytest.raises(ValueError, match="has figures of 0 streams"):
+    with pytest.raises(ValueError, match="has no figures to plot: no batch was finite"):
         plots.svg_figures(diagnosis(4, 2, streams=0))
 
 

@@ -67,7 +67,16 @@ def test_an_injection_reads_no_state_and_a_skip_an_old_one():
     assert [of.reads for of in sublayers] == [0, 1, None, 0, 4, 5]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("FeedForward", "mlp"), ("LayerFF", "mlp"), ("SelfAttn", "attention")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("FeedForward", "mlp"),
+        ("LayerFF", "mlp"),
+        ("SelfAttn", "attention"),
+        ("MoeAttention", "attention"),
+        ("AttnMoeMlp", "mlp"),
+    ],
+)
 def test_classes_tell_where_names_do_not(name, kind):
     body = type(name, (Mlp,), {})
 

@@ -89,7 +89,8 @@ def diagnose(
     with render.working("load the data"):
         given = None if data is None else _load_data(data)
     found = options.load_model(model, config, False, batch, seq)
-    twin = None if baseline is None else _load_twin(baseline)
+    with render.working("load the baseline"):
+        twin = None if baseline is None else _load_twin(baseline)
     with render.working("capture") as stage:
         new = rewritten(found, config, stage, verify=False)
     if found.kind == "original":
@@ -256,7 +257,7 @@ def _load_twin(path: str) -> Any:
     if not file.exists() and file.suffix in (".safetensors", *_PICKLED):
         raise ValueError(f"--baseline {path}: there is no file {file}")
     if not file.is_file() or file.suffix not in (".safetensors", *_PICKLED):
-        return load.load(path).model
+        return _twin_of_spec(path)
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
@@ -272,6 +273,18 @@ def _load_twin(path: str) -> Any:
             explain(f"--baseline {path} is no state dict", None, seen, "torch.save(twin.state_dict())")
         )
     return cast(Mapping[str, Any], values)
+
+
+def _twin_of_spec(spec: str) -> Any:
+    """Return the module that a MODEL gives, and say what its loader noted, such as weights that are random."""
+    found = load.load(spec)
+    # without its queries it would pass for a network that never had any
+    if found.kind == "trained":
+        why = "A twin was trained without them."
+        raise ModelSpecError(explain(f"--baseline {spec} was trained with Attention Residuals", None, why))
+    for note in found.notes:
+        render.warning(f"--baseline: {note}")
+    return found.model
 
 
 def _warn(diagnosis: "ar.Diagnosis", wanted: int | None) -> None:

@@ -32,7 +32,8 @@ def choose_layer(plan: BlockPlan) -> Layer:
     """Return the layer of a stream that is worth a picture."""
     layers = _layers_of(plan)
     later = layers[1:] or layers
-    for layer in later:
+    # a skip between two layers makes an update of no layer
+    for layer in sorted(later, key=lambda layer: not layer.name):
         if max((read.num_sources for read in reads_of(plan, layer)), default=0) >= ENOUGH_SOURCES:
             return layer
     return later[0]

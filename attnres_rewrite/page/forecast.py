@@ -47,13 +47,17 @@ class StreamForecast:
 
 @dataclass(frozen=True, slots=True)
 class StepForecast:
-    """One training step of the original, a token, counted on the example inputs."""
+    """One training step of the original, a token of its first stream, counted on the example inputs."""
 
-    num_tokens: int  # of the example inputs
+    stream_tokens: tuple[int, ...]  # of the example inputs: an encoder and a decoder may have different numbers
     flops: float
     arithmetic_ns: float  # as if everything but matrix products, convolutions and attention were fused away
     roofline_ns: float  # as if nothing were fused
     num_uncounted: int  # operations whose sizes depend on the data, such as the tokens of an expert
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stream_tokens[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,10 @@ class Forecast:
         """
         if self.step is None or not self.step.arithmetic_ns:
             return None
-        return 1 + self.extra_ns / self.step.roofline_ns, 1 + self.extra_ns / self.step.arithmetic_ns
+        tokens = self.step.stream_tokens
+        moved = sum(stream.extra_bytes * count for stream, count in zip(self.streams, tokens, strict=True))
+        extra_ns = 1e9 * moved / tokens[0] / self.device.bytes_per_s
+        return 1 + extra_ns / self.step.roofline_ns, 1 + extra_ns / self.step.arithmetic_ns
 
 
 def forecast(report: RewriteReport, model: RewrittenModule | None) -> Forecast:
@@ -133,17 +140,23 @@ def chosen_bytes(group: ReadGroup) -> int:
 
 
 def _step(program: Program, device: Device) -> StepForecast | None:
-    root, width = program.plans[0].stream.root, program.plans[0].stream.width
-    value = tensor_of(root)
+    streams = [plan.stream for plan in program.plans]
     # a saved rewrite keeps no sizes
-    if value is None:
+    if any(tensor_of(stream.root) is None for stream in streams):
         return None
     nodes = [node for node in program.original.nodes if _has_known_sizes(node)]
-    num_tokens = num_bytes_of(root) // value.element_size() // width
+    stream_tokens = tuple(_num_elements(stream.root) // stream.width for stream in streams)
+    num_tokens = stream_tokens[0]
     flops = STEP_TO_FORWARD * sum(map(flops_of, nodes)) / num_tokens
     seconds = STEP_TO_FORWARD * sum(seconds_of_many_tokens(node, device) for node in nodes) / num_tokens
     num_uncounted = len(program.original.nodes) - len(nodes)
-    return StepForecast(num_tokens, flops, 1e9 * flops / device.flops_per_s, 1e9 * seconds, num_uncounted)
+    return StepForecast(stream_tokens, flops, 1e9 * flops / device.flops_per_s, 1e9 * seconds, num_uncounted)
+
+
+def _num_elements(node: fx.Node) -> int:
+    value = tensor_of(node)
+    assert value is not None
+    return num_bytes_of(node) // value.element_size()
 
 
 def _has_known_sizes(node: fx.Node) -> bool:

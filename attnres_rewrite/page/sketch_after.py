@@ -17,6 +17,7 @@ from attnres_rewrite.module import Program
 from attnres_rewrite.page.choose_layer import Layer, reads_of
 from attnres_rewrite.page.sketch import Box, Operand, Sketch, Special, between, is_total, origin, sketch
 from attnres_rewrite.page.sketch_before import module_names, numbered
+from attnres_rewrite.passes.carriers import is_parameter
 from attnres_rewrite.records import BlockPlan, ReadPlan
 
 
@@ -86,13 +87,20 @@ def _find(mix: fx.Node, read: ReadPlan, plan: BlockPlan, root: fx.Node) -> _Read
 
 def _source(node: fx.Node, root: fx.Node) -> fx.Node:
     """Look through what is done to each source alone, but for the cast that begins a block: it makes the source."""
-    while node is not root and op_name(node) != "type_as" and (_is_scale(node) or _has_new_form(node)):
-        node = node.all_input_nodes[0]
+    while node is not root and op_name(node) != "type_as":
+        scaled = _scaled(node)
+        if scaled is None and not _has_new_form(node):
+            break
+        node = scaled or node.all_input_nodes[0]
     return node
 
 
-def _is_scale(node: fx.Node) -> bool:
-    return op_name(node) in ("mul", "div", "neg") and len(node.all_input_nodes) == 1
+def _scaled(node: fx.Node) -> fx.Node | None:
+    """Return what a node multiplies by a number, a parameter or a buffer, or None when it does something else."""
+    if op_name(node) not in ("mul", "div", "neg"):
+        return None
+    values = [entry for entry in node.all_input_nodes if not is_parameter(entry)]
+    return values[0] if len(values) == 1 else None
 
 
 def _has_new_form(node: fx.Node) -> bool:
@@ -101,7 +109,7 @@ def _has_new_form(node: fx.Node) -> bool:
 
 def _is_scale_of_source(node: fx.Node, specials: Mapping[fx.Node, Special], root: fx.Node) -> bool:
     """Say whether a node scales a source: its readers are other such nodes, and what mixes sources."""
-    if node in specials or not _is_scale(node):
+    if node in specials or _scaled(node) is None:
         return False
     drawn = {operand.node for special in specials.values() for operand in special.operands}
     return _source(node, root) in drawn and node not in drawn

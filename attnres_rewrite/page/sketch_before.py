@@ -42,7 +42,8 @@ def sketch_before(program: Program, plan: BlockPlan, layer: Layer) -> Sketch:
         note = f"{numbered('x', number)} = {numbered('x', number - 1)} + {numbered('u', number)}"
         before = states[number - 1]
         # a cast on the way may be one that a norm made for itself, and would be drawn as coming from there
-        came_from = before if origin(update.stream) is origin(before) else update.stream
+        carried = origin(update.stream)
+        came_from = before if carried is origin(before) else carried
         operands = Operand(came_from, "stream"), Operand(update.branch)
         specials[update.add] = Special(Box("add", "add", note, "stream"), operands)
         branch = origin(update.branch)
@@ -66,8 +67,8 @@ def _from_outside(update: int) -> Box:
 
 def module_names(program: Program, plan: BlockPlan, layer: Layer) -> ModuleNames:
     """Say which modules are looked into: those that add to the stream, and those that hold a norm which reads it."""
-    updates = plan.stream.updates[layer.first - 1 : layer.last]
-    opened = {module for update in updates for module in module_path(update.add)}
+    # the layer before may scale the stream behind its last add
+    opened = {module for update in plan.stream.updates for module in module_path(update.add)}
     states = set(plan.stream.states)
     for node in program.original.nodes:
         if any(origin(entry) in states for entry in node.all_input_nodes):

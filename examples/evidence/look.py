@@ -62,7 +62,11 @@ def diagnose(variant: str, seed: int, preset: Preset, corpus: Corpus, folder: Pa
 
 
 def _trained(folder: Path, preset: Preset) -> dict[str, Tensor]:
-    return torch.load(folder / "checkpoint.pt", map_location=preset.device, weights_only=True)["model"]
+    state = torch.load(folder / "checkpoint.pt", map_location=preset.device, weights_only=True)
+    if state["record"]["final_validation"] is None:
+        why = state["record"]["ended"] or f"it stopped at step {len(state['record']['train_loss'])}"
+        raise ValueError(f"{folder} was not trained to the end, {why}: leave its seed out of --seeds")
+    return state["model"]
 
 
 def dynamics(found: Diagnoses) -> dict[str, Any]:

@@ -6,6 +6,8 @@ if it had not been: bit for bit on a CPU. A loss that is not finite ends the run
 """
 
 import math
+import os
+import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,13 +28,17 @@ Say = Callable[[int, float, float | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long, how fast, and from which draw of batches; `read_lr` times `lr` is the rate of queries and gains."""
+    """How long, how fast, and from which draw of batches; `read_lr` times `lr` is the rate of queries and gains.
+
+    `started_at` is the validation loss of the checkpoint that is trained on, None from the start.
+    """
 
     steps: int
     warmup: int
     lr: float
     batch_seed: int
     read_lr: float = 1.0
+    started_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -81,12 +87,12 @@ def train(
         stop_at: Leave after the first validation at or behind this step, as if the machine had been switched off.
 
     Raises:
-        ValueError: The checkpoint is of a run with another preset, plan or text.
+        ValueError: The checkpoint is of a run with another preset, plan, text, read, machine or release.
     """
     optimizer = optimizer_for(model, plan.lr, preset, plan.read_lr)
     batches = torch.Generator().manual_seed(plan.batch_seed)
     record, path = Record(), folder / "checkpoint.pt"
-    settings = {**preset.facts(), **asdict(plan), "text": corpus.sha256}
+    settings = {**preset.facts(), **asdict(plan), "text": corpus.sha256, "read": read_of(model), **machine(preset)}
     if path.exists():
         record = restore(path, settings, model, optimizer, batches)
     if record.final_validation is not None or record.ended:
@@ -105,13 +111,37 @@ def train(
             found = validate(run, corpus.validation, preset, preset.validation_windows)
             record.validation.append((step, found))
             if step == plan.steps and not record.ended:
-                record.final_validation = validate(run, corpus.validation, preset, preset.final_windows)
+                end(record, validate(run, corpus.validation, preset, preset.final_windows))
             record.seconds = time.perf_counter() - start
             save(path, settings, model, optimizer, batches, record)
         say(step, loss, found)
         if record.ended or (found is not None and stop_at is not None and step >= stop_at):
             break
     return record
+
+
+def end(record: Record, loss: float) -> None:
+    """Note the final validation loss; one that is not finite is no result."""
+    if math.isfinite(loss):
+        record.final_validation = loss
+    else:
+        record.ended = f"the final validation loss is {loss}"
+
+
+def read_of(model: nn.Module) -> str:
+    """Return the config of a rewritten model as text; "" of the original."""
+    return str(model.config) if isinstance(model, ar.RewrittenModule) else ""
+
+
+def machine(preset: Preset) -> dict[str, Any]:
+    """Return the versions and, in general words, the machine: with others a run would not end with the same figures."""
+    on_gpu = preset.device.startswith("cuda")
+    return {
+        "torch": str(torch.__version__),
+        "attnres_rewrite": ar.__version__,
+        "device_name": torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def training_step(run: nn.Module, ids: Tensor, optimizer: torch.optim.Optimizer, preset: Preset) -> float:

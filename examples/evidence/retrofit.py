@@ -77,7 +77,8 @@ def continue_variant(
     console.print(f"{variant}, seed {seed}: validation loss {before:.6f} before the rewrite, {after:.6f} after it")
     # a fifth of the steps to warm up: the optimizer knows nothing yet
     warmup, batch_seed = preset.retrofit_steps // 5, RETROFIT_BATCH_SEED + seed
-    plan = Plan(preset.retrofit_steps, warmup, preset.retrofit_lr, batch_seed, read_lr)
+    started_at = state["record"]["final_validation"]
+    plan = Plan(preset.retrofit_steps, warmup, preset.retrofit_lr, batch_seed, read_lr, started_at)
     with progress(console, f"retrofit, {variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say)
     facts = {
@@ -89,7 +90,7 @@ def continue_variant(
         "before_rewrite": before,
         "after_rewrite": after,
         **record.facts(),
-        **circumstances(corpus),
+        **circumstances(corpus, preset),
     }
     write_json(folder / "result.json", facts)
     return record

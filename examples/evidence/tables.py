@@ -131,9 +131,11 @@ def retrofit_read_lr(facts: Facts) -> str:
     rows: list[list[str]] = []
     for rate, found in by_rate.items():
         for name in sorted(tried, key=list(NAMES).index):
-            losses = found["final_validation"][name]["by_seed"]
-            less = [losses[seed] - twins[seed] for seed in twins]
-            rows.append([f"x{rate}", NAMES[name], *map(_signed, less), _signed(_mean(less))])
+            # a run that was not finite has no loss
+            losses = found["final_validation"].get(name, {"by_seed": {}})["by_seed"]
+            less = {seed: losses[seed] - twins[seed] for seed in twins if seed in losses}
+            mean = _mean(list(less.values()))
+            rows.append([f"x{rate}", NAMES[name], *(_signed(less.get(seed)) for seed in twins), _signed(mean)])
     return _table(["rate of the reads", "less the original", *(f"seed {seed}" for seed in twins), "mean"], rows)
 
 

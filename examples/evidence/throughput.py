@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure({variant: build(variant, 0, preset) for variant in VARIANTS}, preset, corpus, options.rounds)
     for name, row in rows.items():
         print(f"{name:9} {row['ms']:8.1f} ms a step, {row['bytes_per_second']:8.0f} bytes/s, x{row['ratio']:.3f}")
-    facts = {"preset": preset.facts(), "rounds": options.rounds, "variants": rows, **circumstances(corpus)}
+    facts = {"preset": preset.facts(), "rounds": options.rounds, "variants": rows, **circumstances(corpus, preset)}
     write_json(options.out / options.preset / "throughput.json", facts)
 
 
@@ -43,8 +43,10 @@ def measure(models: Mapping[str, nn.Module], preset: Preset, corpus: Corpus, rou
     seconds: dict[str, list[float]] = {variant: [] for variant in models}
     for turn in range(WARM_UP_ROUNDS + rounds):
         for variant, step in steps.items():
+            _wait(preset)
             start = time.perf_counter()
             step()
+            _wait(preset)
             if turn >= WARM_UP_ROUNDS:
                 seconds[variant].append(time.perf_counter() - start)
     rows: dict[str, dict[str, Any]] = {}
@@ -62,8 +64,13 @@ def measure(models: Mapping[str, nn.Module], preset: Preset, corpus: Corpus, rou
 def _step_of(model: nn.Module, preset: Preset, corpus: Corpus) -> Callable[[], float]:
     run = torch.compile(model) if preset.compile else model
     optimizer, batches = optimizer_for(model, preset.lr, preset), torch.Generator().manual_seed(0)
-    # the loss is fetched in each step, which waits for a GPU
     return lambda: training_step(run, draw(corpus.train, preset, batches), optimizer, preset)
+
+
+def _wait(preset: Preset) -> None:
+    """Wait for a GPU: the loss is fetched before the backward, which would be timed with the next variant's step."""
+    if preset.device != "cpu":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

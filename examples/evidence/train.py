@@ -15,15 +15,13 @@ the original alone; --read-lr gives queries and gains another rate than the rest
 
 import argparse
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from loop import Plan, Record, Say, train
+from loop import Plan, Record, Say, machine, train
 from model import Gpt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -80,7 +78,7 @@ def train_variant(
     with progress(console, f"{variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say, stop_at)
     named = {"variant": variant, "seed": seed, "read": fields_of(variant), "read_lr": read_lr}
-    facts = {**named, "preset": preset.facts(), **record.facts(), **circumstances(corpus)}
+    facts = {**named, "preset": preset.facts(), **record.facts(), **circumstances(corpus, preset)}
     write_json(folder / "result.json", facts)
     return record
 
@@ -109,16 +107,10 @@ def run_folder(out: Path, preset: str, variant: str, seed: int) -> Path:
     return out / preset / f"{variant}-{seed}"
 
 
-def circumstances(corpus: Corpus) -> dict[str, Any]:
-    """Return the text, the versions and, in general words, the machine."""
-    cuda = torch.cuda.is_available()
-    return {
-        "corpus": corpus.facts(),
-        "torch": torch.__version__,
-        "attnres_rewrite": ar.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }
+def circumstances(corpus: Corpus, preset: Preset) -> dict[str, Any]:
+    """Return the text, the versions and the machine."""
+    facts = machine(preset)
+    return {"corpus": corpus.facts(), "device": facts.pop("device_name"), **facts}
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -200,6 +200,14 @@ def test_a_twin_stands_beside_it(cli, saved, folder):
     assert "--baseline bad.pt cannot be read" in cli("diagnose", saved, "--baseline", "bad.pt", "--no-plots").err
 
 
+def test_a_twin_that_talks_leaves_stdout_alone(cli, saved, folder):
+    net = "from tests.networks import gpt, ids\n\ndef build():\n    print('hello')\n    return gpt(2), (ids(),)\n"
+    (folder / "net.py").write_text(net)
+    done = cli("diagnose", saved, "--data", "data.py", "--baseline", "net.py", "--no-plots", "--json")
+    assert done.facts["baseline"] == "given"
+    assert "hello" in done.err
+
+
 def test_few_and_nonfinite_batches_are_said(cli, saved, folder):
     done = cli("diagnose", saved, "--data", "data.py:partly", "--batches", 9, "--no-plots")
     assert done.code == 0, done.err

@@ -58,6 +58,20 @@ def test_its_weights_are_diagnosed(cli, trained):
     assert all(read["entropy"] < 0.99 * math.log(len(read["sources"])) for read in reads)
 
 
+def test_it_is_no_twin_without_reads_and_random_weights_are_said(cli, trained, tmp_path):
+    done = cli("diagnose", trained[0], "--baseline", trained[0], "--no-plots")
+    assert done.code == 1
+    assert "was trained with Attention Residuals\n  A twin was trained without them." in done.err
+    plain = json.loads((trained[0] / "config.json").read_text())
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(
+        json.dumps({name: value for name, value in plain.items() if name != "attn_res"})
+    )
+    done = cli("diagnose", trained[0], "--baseline", "plain", "--no-plots")
+    assert done.code == 0, done.err
+    assert "warning: --baseline: plain holds no weights: every parameter of LlamaForCausalLM is random" in done.err
+
+
 @pytest.mark.parametrize("command", [("verify",), ("partition", "--ranks", "2"), ("report", "--no-verify")])
 def test_the_other_commands(cli, trained, command):
     done = cli(command[0], trained[0], *command[1:])

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnres_rewrite as ar
 from attnres_rewrite.page.forecast import forecast
-from tests.networks import gpt, gpt_of, ids
+from tests.networks import VOCAB, WIDTH, Block, gpt, gpt_of, ids
 
 
 def test_bytes_of_a_report(report):
@@ -66,3 +67,32 @@ def test_sizes_that_depend_on_the_data_are_not_counted():
     new = ar.rewrite(gpt_of(step), (ids(),), dynamic_shapes={}, verify=False)
     assert forecast(new.report, new).step.num_uncounted > 0
     assert "whose sizes depend on the data are not counted" in ar.html_report(new)
+
+
+class TwoStreams(nn.Module):
+    """A stack over each of two texts; the second is told the mean of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.encoder, self.decoder = nn.ModuleList([Block(), Block()]), nn.ModuleList([Block(), Block()])
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, text, target):
+        x, y = self.embed(text), self.embed(target)
+        for layer in self.encoder:
+            x = layer(x)
+        for layer in self.decoder:
+            y = layer(y)
+        return self.head(self.norm_2(y) + self.norm_1(x).mean(1, keepdim=True))
+
+
+def test_streams_may_have_different_numbers_of_tokens():
+    lengths = (4, 40)
+    inputs = [ids(2, length) for length in lengths]
+    new = ar.rewrite(TwoStreams().eval(), tuple(inputs), dynamic_shapes={}, verify=False)
+    found = forecast(new.report, new)
+    assert found.step.stream_tokens == (8, 80)
+    whole_step = sum(stream.extra_bytes * count for stream, count in zip(found.streams, (8, 80), strict=True))
+    assert found.ratios[1] == pytest.approx(1 + whole_step / 2.4e12 / (8 * found.step.flops / 400e12))
+    assert "on the example inputs of 8 tokens (stream0), 80 tokens (stream1)" in ar.html_report(new)

@@ -191,7 +191,7 @@ def test_a_diagnosis_that_does_not_belong_here(new, report):
     found = ar.diagnose(new.eval(), [ids()])
     with pytest.raises(ar.ArtifactError, match="this is the diagnosis of another model"):
         ar.html_report(report, diagnosis=found)
-    with pytest.raises(ValueError, match="has figures of 0 streams"):
+    with pytest.raises(ValueError, match="has no figures to plot: no batch was finite"):
         ar.html_report(new, diagnosis=replace(found, streams=()))
 
 
@@ -227,6 +227,13 @@ def test_a_report_alone_has_no_picture_of_a_layer(report):
     page = Page(ar.html_report(report))
     assert not page.all("svg")
     assert "A report alone holds no graph" in page.text
+
+
+def test_blocks_of_one_update_are_full_attention_residuals(report):
+    (stream,) = report.streams
+    assert "reads of Block Attention Residuals" in ar.html_report(report)
+    full = replace(report, streams=(replace(stream, blocks=((1, 1), (2, 2), (3, 3))),))
+    assert "reads of Full Attention Residuals" in ar.html_report(full)
 
 
 def test_several_streams_are_told_apart(report):

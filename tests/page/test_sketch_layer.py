@@ -1,13 +1,14 @@
 """What is drawn of a layer, before and after the rewrite."""
 
 import pytest
+from torch import nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.page.choose_layer import Layer, choose_layer
 from attnres_rewrite.page.sketch_after import sketch_after
 from attnres_rewrite.page.sketch_before import sketch_before
 from attnres_rewrite.page.svg import draw
-from tests.networks import gpt, gpt_of, ids
+from tests.networks import WIDTH, gpt, gpt_of, ids
 
 
 def rewritten(model, **config):
@@ -82,6 +83,7 @@ STEPS = {
     "sandwich": lambda layer, x: x + layer.n2(layer.f(layer.n1(x))),
     "layer scale": lambda layer, x: x + layer.gain * layer.f(layer.n1(x)),
     "scaled stream": lambda layer, x: 0.9 * x + layer.f(layer.n1(x)),
+    "scaled by a parameter": lambda layer, x: (x + layer.f(layer.n1(x))) * layer.gain,
 }
 
 
@@ -139,6 +141,23 @@ def test_every_read_drawn_has_all_its_sources(name, schedule):
     assert drawn == 1 + sum(layer.first - 1 <= state < layer.last for state in num_sources)
 
 
+class CastingNorm(nn.LayerNorm):
+    """Casts what it reads; in float32 that is the stream itself, and the add behind it reads the cast."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+def test_the_running_sum_does_not_come_out_of_a_norm_that_casts():
+    model = gpt_of(lambda layer, x: (x + layer.f(layer.n1(x))) * layer.gain, depth=4)
+    for layer in model.layers:
+        layer.n1 = CastingNorm(WIDTH)
+    before, _ = sketches(*rewritten(model, num_blocks=2))
+    assert described(before)[1] == "mul: 1 operation"
+    into_adds = [wire for wire in before.wires if wire.tint == "stream" and before.boxes[wire.end].kind == "add"]
+    assert [before.boxes[wire.start].title for wire in into_adds] == ["mul"]
+
+
 def subscript(state: int) -> str:
     return "x" + "".join(chr(ord("₀") + int(digit)) for digit in str(state))
 
@@ -172,6 +191,21 @@ def test_updates_without_a_layer_go_in_pairs():
     assert choose_layer(plan) == Layer("", 3, 4)
     before, _ = sketches(program, plan)
     assert "layers.1.attn: Attention" in described(before)
+
+
+def test_a_skip_between_two_layers_is_no_layer():
+    class UNet(type(gpt())):
+        def forward(self, ids):
+            x, seen = self.embed(ids), []
+            for number, layer in enumerate(self.layers):
+                x = layer(x if number < 2 else x + seen.pop())
+                seen += [x] * (number < 2)
+            return self.head(self.norm(x))
+
+    _, plan = rewritten(UNet(4).eval(), block_size=3)
+    assert plan.stream.updates[4].kind == "skip"
+    # the skip reads state 4, the first of three sources
+    assert choose_layer(plan).title == "layers.2"
 
 
 def test_a_single_layer_is_drawn_from_its_root():
