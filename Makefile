@@ -5,7 +5,8 @@
 #   make check      format, lint, types, layers
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
 #   make docs       the documentation site, into site/; a warning is an error
-#   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so
+#   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so.
+#                   GPU_PARTS="tests reads" runs these alone, GPU_SECONDS=500 gives each more time
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,23 +55,31 @@ docs: $(VENV)/.docs
 GPU_PYTHON ?= python3
 # the tests compile some hundred kernels, each worker its own
 GPU_WORKERS ?= 8
+# what is run, the seconds after which a part is ended, and the folder that results are written to as they come
+GPU_PARTS ?= tests reads block block-4096 step
+GPU_SECONDS ?= 200
+GPU_RESULTS ?= benchmarks/results
 gpu:
 	@if $(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then $(MAKE) --no-print-directory gpu-run; \
 	else echo "no GPU here: torch.cuda.is_available() is False for $(GPU_PYTHON), so nothing was run"; fi
 
 # a warning of that environment's versions is shown, and ends no test; a GPU may be lent for minutes, so what fails is
-# told at the end and keeps nothing else from running
+# told at the end and keeps nothing else from running, and what hangs is interrupted
 gpu-run:
-	@mkdir -p benchmarks/results
-	@failed=; export PYTHONPATH=.; workers=$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS)"); set -x; \
-	$(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default $$workers || failed=tests; \
-	$(GPU_PYTHON) benchmarks/reads.py --device cuda --json benchmarks/results/reads_cuda.json || failed="$$failed reads"; \
-	$(GPU_PYTHON) benchmarks/block.py --device cuda --json benchmarks/results/block_cuda.json || failed="$$failed block"; \
-	$(GPU_PYTHON) benchmarks/block.py --device cuda --width 4096 --variants flash-attn-res \
-	  --json benchmarks/results/block_cuda_4096.json || failed="$$failed block-4096"; \
-	$(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 --eager \
-	  --variants original auto backend naive --json benchmarks/results/step_cuda.json || failed="$$failed step"; \
-	set +x; [ -z "$$failed" ] || { echo "failed: $$failed"; exit 1; }
+	@mkdir -p $(GPU_RESULTS)
+	@failed=; export PYTHONPATH=.; workers=$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS)"); \
+	part() { \
+	  name=$$1; shift; case " $(GPU_PARTS) " in *" $$name "*) ;; *) return 0;; esac; \
+	  echo "$$name: $$*"; timeout --signal=INT --kill-after=15 $(GPU_SECONDS) "$$@" || failed="$$failed $$name"; \
+	}; \
+	part tests $(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default $$workers; \
+	part reads $(GPU_PYTHON) benchmarks/reads.py --device cuda --json $(GPU_RESULTS)/reads_cuda.json; \
+	part block $(GPU_PYTHON) benchmarks/block.py --device cuda --json $(GPU_RESULTS)/block_cuda.json; \
+	part block-4096 $(GPU_PYTHON) benchmarks/block.py --device cuda --width 4096 --variants flash-attn-res \
+	  --json $(GPU_RESULTS)/block_cuda_4096.json; \
+	part step $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 12 --width 2048 --tokens 4096 --eager \
+	  --variants original auto backend naive --no-compile-times --json $(GPU_RESULTS)/step_cuda.json; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV)/.demo $(VENV)/.dev $(VENV)/.browser $(VENV)/.docs out site

@@ -8,7 +8,8 @@ A block of Q sub-layers has N finished sources in front of it. Each of its sub-l
 sum, and norms what it reads; each update is added to the partial sum. The updates are given here, in place of attention
 and MLPs: what is timed is reads, adds and norms, forward, and forward with backward to every source, update and
 parameter. Each row: the median time a sub-layer, the rows of D (u) that a copy moves in this time on the same machine,
-and how far outputs and gradients are from ours.
+and how far outputs and gradients are from ours; on a GPU how long launching takes, too: where that is as long, the
+kernels wait for it.
 
 Variants: `attnres-rewrite`, the operations in which the passes write a block, C++ on a CPU and Triton on a GPU; `by
 hand`, a stack and two einsums in each read, which Inductor compiles; on a GPU each public kernel that is installed. One
@@ -17,7 +18,7 @@ that is missing or fails is a row that says so.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 from attnres_rewrite import functional as F  # noqa: E402
 from benchmarks import peers  # noqa: E402
-from benchmarks.machine import write_results  # noqa: E402
-from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
+from benchmarks.machine import write_as_they_come  # noqa: E402
+from benchmarks.timing import copy_bandwidth, launch_seconds_of, seconds_of  # noqa: E402
 
 EPS = peers.EPS
 OURS, BY_HAND, FLASH = "attnres-rewrite", "by hand", "flash-attn-res"
@@ -123,9 +124,14 @@ def variants(inputs: Inputs, device: str) -> dict[str, Callable[[], Callable[[],
     return found
 
 
+def backward(outs: list[Tensor], inputs: Inputs, stacked: bool) -> tuple[Tensor, ...]:
+    """Return the gradient of every leaf."""
+    return torch.autograd.grad(outs, inputs.leaves(stacked), [inputs.grad] * len(outs))
+
+
 def gradients(outs: list[Tensor], inputs: Inputs, stacked: bool) -> list[Tensor]:
     """Return those of the sources as one stack, of updates and of parameters."""
-    found = torch.autograd.grad(outs, inputs.leaves(stacked), [inputs.grad] * len(outs))
+    found = backward(outs, inputs, stacked)
     count = 1 if stacked else len(inputs.finished)
     return [found[0] if stacked else torch.stack(found[:count]), *found[count:]]
 
@@ -138,12 +144,13 @@ def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return lost / whole
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for the copy and for each variant."""
     inputs = Inputs(options)
     copy = copy_bandwidth(options.rounds, options.device)
     row_bytes = inputs.grad.nbytes
-    rows: list[dict[str, Any]] = [{"variant": "copy", "gb_per_s": copy / 1e9}]
     print(f"copy {copy / 1e9:.0f} GB/s; u is {1e6 * row_bytes / copy:.1f} us")
+    yield {"variant": "copy", "gb_per_s": copy / 1e9}
     wanted: tuple[list[Tensor], list[Tensor]] | None = None
     times: dict[str, float] = {}
     for name, make in variants(inputs, options.device).items():
@@ -160,7 +167,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             del outs, found
             kinds = {
                 "forward": without_gradients(run),
-                "forward + backward": lambda run=run, stacked=stacked: gradients(run(), inputs, stacked),
+                "forward + backward": lambda run=run, stacked=stacked: backward(run(), inputs, stacked),
             }
             for kind, operation in kinds.items():
                 seconds = seconds_of(operation, options.rounds, options.device) / options.sublayers
@@ -170,13 +177,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "u": seconds * copy / row_bytes,
                     "ratio_to_ours": seconds / times[kind],
                 }
+                if options.device == "cuda":
+                    launching = launch_seconds_of(operation, options.rounds, options.device)
+                    row[kind]["launch_us"] = 1e6 * launching / options.sublayers
         except Exception as why:  # a peer that is missing, or does not take these sizes, does not end the others
             if name == OURS:
                 raise
             row = {"variant": name, "not_run": f"{type(why).__name__}: {(str(why).splitlines() or [''])[0]}"}
         print(line(row), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def without_gradients(run: Callable[[], list[Tensor]]) -> Callable[[], None]:
@@ -192,6 +201,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['variant']:16} not run: {row['not_run']}"
     parts = [
         f"{kind} {row[kind]['us']:8.0f} us {row[kind]['u']:6.1f} u x{row[kind]['ratio_to_ours']:.2f}"
+        + (f" (launches take {row[kind]['launch_us']:.0f} us)" if "launch_us" in row[kind] else "")
         for kind in ("forward", "forward + backward")
     ]
     differs = f"differs by {row['outputs_differ']:.1e}, gradients {row['gradients_differ']:.1e}"
@@ -208,7 +218,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=others, default=list(others), help="timed beside ours")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    write_results(options, measure(options))
+    write_as_they_come(options, measure(options))
 
 
 if __name__ == "__main__":

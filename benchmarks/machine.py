@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_as_they_come(options: argparse.Namespace, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the results after each row: a run that is cut short keeps what it has."""
+    found: list[Mapping[str, Any]] = []
+    for row in rows:
+        found.append(row)
+        write_results(options, found)
 
 
 def write_results(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -4,15 +4,15 @@
                                [--dtype bfloat16] [--rounds 20] [--json benchmarks/results/reads_cpu.json]
 
 Each row: the median time, the bytes the operation has to move (rows of D read once and written once), the bandwidth
-that makes, and its share of a device-to-device copy measured in the same run. On a CPU the operations are compiled by
-Inductor, on a GPU they are the Triton kernels. Peers are timed where they are installed and take the arguments
-(flash-attn-res, fast-attnres, fla-core, liger-kernel; a GPU only); one that is missing or fails is a row that says
-so. Compared is one read of all sources, forward, and forward with backward.
+that makes, and its share of a device-to-device copy measured in the same run; on a GPU how long launching took, too.
+On a CPU the operations are compiled by Inductor, on a GPU they are the Triton kernels. Peers are timed where they are
+installed and take the arguments (flash-attn-res, fast-attnres, fla-core, liger-kernel; a GPU only); one that is missing
+or fails is a row that says so. Compared is one read of all sources, forward, and forward with backward.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from attnres_rewrite import functional as F  # noqa: E402
 from benchmarks import peers  # noqa: E402
-from benchmarks.machine import write_results  # noqa: E402
-from benchmarks.timing import copy_bandwidth, seconds_of  # noqa: E402
+from benchmarks.machine import write_as_they_come  # noqa: E402
+from benchmarks.timing import copy_bandwidth, launch_seconds_of, seconds_of  # noqa: E402
 
 Operation = Callable[[], Any]
 
@@ -119,23 +119,27 @@ def peer_reads(inputs: Inputs) -> dict[str, Callable[[], tuple[Operation, Sequen
     return {name: of(name) for name in peers.READS} | {"flash-attn-res": flash}
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for the copy, for each operation, and on a GPU for each peer."""
     inputs = Inputs(options)
     copy = copy_bandwidth(options.rounds, options.device)
-    rows: list[dict[str, Any]] = [{"operation": "copy", "gb_per_s": copy / 1e9}]
     print(f"copy {copy / 1e9:.0f} GB/s")
+    yield {"operation": "copy", "gb_per_s": copy / 1e9}
+    ours: dict[str, float] = {}
     for name, (operation, moved) in operations(inputs, compiled=options.device == "cpu").items():
         seconds = seconds_of(operation, options.rounds, options.device)
         rate = moved * inputs.row_bytes / seconds
-        rows.append(
-            {"operation": name, "us": 1e6 * seconds, "rows": moved, "gb_per_s": rate / 1e9, "of_copy": rate / copy}
-        )
-        print(f"{name:36} {1e6 * seconds:10.0f} us {moved:5} rows {rate / 1e9:7.0f} GB/s  {rate / copy:5.0%} of a copy")
+        row = {"operation": name, "us": 1e6 * seconds, "rows": moved, "gb_per_s": rate / 1e9, "of_copy": rate / copy}
+        text = f"{name:36} {row['us']:10.0f} us {moved:5} rows {rate / 1e9:7.0f} GB/s  {rate / copy:5.0%} of a copy"
+        if options.device == "cuda":
+            row["launch_us"] = 1e6 * launch_seconds_of(operation, options.rounds, options.device)
+            text += f"   launched in {row['launch_us']:.0f} us"
+        print(text, flush=True)
+        ours[name] = row["us"]
+        yield row
     if options.device == "cuda":
-        ours = {row["operation"]: row["us"] for row in rows if "us" in row}
         for name, make in peer_reads(inputs).items():
-            rows += peer_rows(name, make, ours, inputs, options)
-    return rows
+            yield from peer_rows(name, make, ours, inputs, options)
 
 
 def peer_rows(
@@ -171,7 +175,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    write_results(options, measure(options))
+    write_as_they_come(options, measure(options))
 
 
 if __name__ == "__main__":

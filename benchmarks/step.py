@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import attnres_rewrite as ar  # noqa: E402
-from benchmarks.machine import synchronize, write_results  # noqa: E402
+from benchmarks.machine import synchronize, write_as_they_come  # noqa: E402
 from examples.gpt import GPT, Layer  # noqa: E402
 
 SCHEDULES = ("direct", "two_phase", "auto")
@@ -217,12 +217,8 @@ def main() -> None:
     if options.compile_only:
         compile_only(options.compile_only, options)
         return
-    rows: list[dict[str, Any]] = []
     timed_apart = [] if options.no_compile_times else [name for name in COMPILED if name in options.variants]
-    for row in itertools.chain(measure(options), compile_rows(timed_apart, sys.argv[1:])):
-        rows.append(row)
-        # after each: a run that is cut short keeps what it has
-        write_results(options, rows)
+    write_as_they_come(options, itertools.chain(measure(options), compile_rows(timed_apart, sys.argv[1:])))
 
 
 if __name__ == "__main__":

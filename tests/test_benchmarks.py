@@ -1,6 +1,7 @@
 """What the benchmarks compare computes the same thing; their figures are not looked at."""
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from attnres_rewrite import functional as F
-from benchmarks import block, peers, reads
+from benchmarks import block, machine, peers, reads, timing
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"sources": 3, "sublayers": 4, "queries": 4, "tokens": 6, "width": 16, "dtype": "float64", "device": "cpu"}
@@ -57,6 +58,61 @@ def test_the_difference_is_relative():
     wanted = [torch.full((3,), 2.0), torch.zeros(0), torch.ones(4)]
     assert block.difference(wanted, wanted) == 0.0
     assert block.difference([2.0 * part for part in wanted], wanted) == pytest.approx(1.0)
+
+
+def test_the_backward_that_is_timed_makes_gradients_and_nothing_else():
+    """A stack of them, which the comparison needs, would be 2N rows more than other variants have."""
+    inputs = small_block()
+    found = block.backward(block.ours(inputs), inputs, stacked=False)
+    assert [gradient.shape for gradient in found] == [leaf.shape for leaf in inputs.leaves(stacked=False)]
+
+
+class Clock:
+    """A GPU on which copies take 3 ms and everything else 1 ms, and torch.cuda.Event of it."""
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Clock.now
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """A call that only launches returns at once, and what keeps the GPU busy before it does not count."""
+    calls = []
+
+    def operation():
+        calls.append(Clock.now)
+        Clock.now += 3.0
+
+    def written(*shape, device, **options):
+        assert device == "cuda"
+        buffer = torch.zeros(1)
+        buffer.zero_ = lambda: setattr(Clock, "now", Clock.now + 1.0)
+        return buffer
+
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", written)
+    assert timing.seconds_of(operation, 4, "cuda") == pytest.approx(3e-3)
+    # three that do not count, then a busy GPU before each
+    assert [later - earlier for earlier, later in itertools.pairwise(calls)] == [3.0, 3.0, 7.0, 7.0, 7.0, 7.0]
+
+
+def test_a_run_that_is_cut_short_keeps_its_rows(tmp_path):
+    def rows():
+        yield {"operation": "copy"}
+        raise KeyboardInterrupt
+
+    options = argparse.Namespace(json=tmp_path / "rows.json", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        machine.write_as_they_come(options, rows())
+    assert json.loads(options.json.read_text())["rows"] == [{"operation": "copy"}]
 
 
 def test_a_peer_that_is_missing_says_so(monkeypatch, capsys):

@@ -4,12 +4,17 @@ Leading dimensions that are regular in every tensor are merged, so contiguous te
 with triton_rows.row_starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import chain
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 # A fixed number on every device: programs that sum over tokens give the same bits everywhere.
 MAX_PROGRAMS = 512
 
@@ -77,3 +82,14 @@ def whole_rows(width: int, elements: int = 2048) -> Tile:
     padded = 1 << (max(width, 16) - 1).bit_length()
     tokens = max(1, elements // padded)
     return Tile(tokens, padded, num_warps=min(16, max(4, padded // 512)))
+
+
+def on_their_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Make the device of its tensors the current one for a launch: Triton launches on that, whatever it gets."""
+
+    @wraps(launch)
+    def launched(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch.cuda.device_of(next(value for value in args if isinstance(value, Tensor))):
+            return launch(*args, **kwargs)
+
+    return launched

@@ -15,15 +15,25 @@ def pick(values, index, NUM: tl.constexpr, STEP: tl.constexpr, OFFSET: tl.conste
 
 
 @triton.jit
+def pick_stride(strides, index, NUM: tl.constexpr, RANK: tl.constexpr, DIM: tl.constexpr):
+    """The stride of tensor `index` in one dimension. A launch passes one that fits as int32, another as int64."""
+    chosen = tl.cast(strides[DIM], tl.int64)
+    for i in tl.static_range(1, NUM):
+        if index == i:
+            chosen = tl.cast(strides[i * RANK + DIM], tl.int64)
+    return chosen
+
+
+@triton.jit
 def row_starts(row, index, sizes, strides, NUM: tl.constexpr, RANK: tl.constexpr):
     """Offsets, in elements, at which the rows (int64) of tensor `index` of NUM start."""
     rest = row
     start = tl.zeros_like(row)
     for i in tl.static_range(RANK - 1):
-        dim: tl.constexpr = RANK - 1 - i
-        start += (rest % sizes[dim - 1]) * pick(strides, index, NUM, RANK, dim)
-        rest = rest // sizes[dim - 1]
-    return start + rest * pick(strides, index, NUM, RANK, 0)
+        # no constexpr of its own: the compiler, unlike the interpreter, takes the second turn's for another assignment
+        start += (rest % sizes[RANK - 2 - i]) * pick_stride(strides, index, NUM, RANK, RANK - 1 - i)
+        rest = rest // sizes[RANK - 2 - i]
+    return start + rest * pick_stride(strides, index, NUM, RANK, 0)
 
 
 @triton.jit
@@ -44,7 +54,6 @@ def starts_of_row(row, index, sizes, strides, NUM: tl.constexpr, RANK: tl.conste
     rest = row
     start = tl.zeros_like(index).to(tl.int64)
     for i in tl.static_range(RANK - 1):
-        dim: tl.constexpr = RANK - 1 - i
-        start += (rest % sizes[dim - 1]) * pick_each(strides, index, NUM, RANK, dim)
-        rest = rest // sizes[dim - 1]
+        start += (rest % sizes[RANK - 2 - i]) * pick_each(strides, index, NUM, RANK, RANK - 1 - i)
+        rest = rest // sizes[RANK - 2 - i]
     return start + rest * pick_each(strides, index, NUM, RANK, 0)

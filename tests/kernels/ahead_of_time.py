@@ -1,11 +1,12 @@
 """Compile every kernel, as it is launched, for GPUs that are not here; print registers, stack and widths of loads.
 
     python -m tests.kernels.ahead_of_time [--arch 80,90,100] [--width 768,...] [--operation read] [--jobs 2]
-                                          [--table docs/kernels.md] [--from RESULT.jsonl]
+                                          [--table docs/kernels.md] [--from RESULT.jsonl] [--forms all]
 
 The operations run on CPU tensors with a driver that names another target, and each launch compiles instead of running:
 what is measured is the very configuration that is shipped. One JSON line for each kernel; --table writes them as a
-page, --from reads lines printed before instead of compiling. TRITON_INTERPRET must not be set.
+page, --from reads lines printed before instead of compiling. --forms compiles, in place of these, every operation on
+rows of each form that the library takes, and prints a line for each. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -150,6 +151,46 @@ def measured(case: tuple[str, int, int, int]) -> list[Compiled]:
     return [_measured(kernel, *case) for kernel in kernels]
 
 
+def forms() -> dict[str, list[Tensor]]:
+    """Return three rows [..., D] of each form: what the interpreter runs, a compiler may still refuse."""
+    like = {"dtype": torch.bfloat16}
+    plain = lambda *shape, dtype=torch.bfloat16: [torch.empty(*shape, dtype=dtype) for _ in range(2)]  # noqa: E731
+    # a stride beyond 32 bits: never written, so it takes no memory
+    return {
+        "float32, odd width": [torch.empty(70, 7), *plain(70, 7, dtype=torch.float32)],
+        "float16": [torch.empty(70, 96, dtype=torch.float16), *plain(70, 96, dtype=torch.float16)],
+        "one token of one channel": [torch.empty(1, 1, **like), *plain(1, 1)],
+        "three dimensions": [torch.empty(6, 4, 5, 16, **like).transpose(0, 1)[:, :, ::2], *plain(4, 6, 3, 16)],
+        "all tokens one row": [torch.empty(16, **like).expand(70, 16), *plain(70, 16)],
+        "rows that overlap": [torch.empty(85, **like).unfold(0, 16, 1), *plain(70, 16)],
+        "a stride beyond 32 bits": [torch.empty(2, 2**31 + 8, **like)[:, :560].view(2, 35, 16), *plain(2, 35, 16)],
+    }
+
+
+def run_each(rows: list[Tensor]) -> None:
+    """Run every operation on these rows, with all that may be there, and its backward."""
+    sources = [value.requires_grad_() for value in rows]
+    query, gain, weight, bias = _parameters(4, rows[0].shape[-1])
+    lse = torch.empty(rows[0].shape[:-1], requires_grad=True)
+    first, second, third = sources
+    mix, _ = read_op.read_by_kernel(sources, query, gain, 1e-6, "sum")
+    outs, lses = inter_block_op.inter_block_by_kernel(sources, [query, query], [gain, gain], 1e-6)
+    merged = merge_op.merge_by_kernel(first, lse, second, query, gain, 1e-6, 1.0)
+    fused = merge_op.add_merge_norm_by_kernel(
+        first, second, third, lse, query, gain, weight, bias, 1e-6, 1e-6, 1.0, "layer"
+    )
+    results = [mix, *outs, *lses, merged, *fused]
+    torch.autograd.backward(results, [torch.empty_like(value) for value in results])
+
+
+def compile_forms(arch: int, wanted: str) -> None:
+    """Compile every operation on rows of one form, or of "all", and print what was compiled."""
+    chosen = forms() if wanted == "all" else {wanted: forms()[wanted]}
+    for form, rows in chosen.items():
+        kernels = [kernel.metadata.name for kernel in compiled_for(arch, lambda rows=rows: run_each(rows))]
+        print(json.dumps({"form": form, "kernels": kernels}), flush=True)
+
+
 def _measured(kernel: Any, operation: str, arch: int, width: int, num_sources: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -197,8 +238,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--from", type=Path, dest="lines")
+    parser.add_argument("--forms", help="the name of one, or all")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.forms:
+        compile_forms(options.arch[0], options.forms)
+        return
     rows: list[dict[str, Any]] = []
     if options.lines:
         rows = [json.loads(line) for line in options.lines.read_text().splitlines()]

@@ -13,6 +13,16 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # rows are not what these load: they work on one scalar for each source, query and token
 NARROW = {"64", "32"}
+KERNELS = {
+    "read_forward_kernel",
+    "read_backward_kernel",
+    "logit_kernel",
+    "mix_kernel",
+    "scalars_kernel",
+    "rows_kernel",
+    "merge_forward_kernel",
+    "merge_backward_kernel",
+}
 STORES_SCALARS = {"logit_kernel", "scalars_kernel"}
 
 
@@ -35,17 +45,16 @@ def check(kernels: list[dict]) -> None:
 
 def test_the_widest_rows_of_a_hopper():
     kernels = compiled("--arch", "90", "--width", "7168")
-    assert {kernel["kernel"] for kernel in kernels} == {
-        "read_forward_kernel",
-        "read_backward_kernel",
-        "logit_kernel",
-        "mix_kernel",
-        "scalars_kernel",
-        "rows_kernel",
-        "merge_forward_kernel",
-        "merge_backward_kernel",
-    }
+    assert {kernel["kernel"] for kernel in kernels} == KERNELS
     check(kernels)
+
+
+# what the interpreter runs and the compiler refused: a constexpr assigned twice, a choice between int32 and int64
+@pytest.mark.parametrize("form", ["three dimensions", pytest.param("all", marks=pytest.mark.slow)])
+def test_rows_of_every_form_compile(form):
+    found = compiled("--arch", "90", "--forms", form)
+    assert len(found) == (7 if form == "all" else 1)
+    assert all(set(each["kernels"]) == KERNELS for each in found)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from attnres_rewrite.kernels.inter_block.triton_forward import (
     softmax_of_token,
 )
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, rows_of
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, on_their_device, rows_of
 from attnres_rewrite.kernels.triton_rows import pick_each, starts_of_row
 
 # of the partial sums of the probes' gradients
@@ -116,6 +116,7 @@ def rows_kernel(
     tl.store(dprobe_PQD + (program * Q + q[:, None]) * D + d[None, :], dprobe, inside_q)
 
 
+@on_their_device
 def inter_block_backward(
     grads: Sequence[Tensor | None],
     dlse: Tensor | None,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, rows_of
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, alignment, on_their_device, rows_of
 from attnres_rewrite.kernels.triton_rows import pick, pick_each, row_starts, starts_of_row
 
 PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32x3", torch.bfloat16: "ieee"}
@@ -129,6 +129,7 @@ def resources(largest: int) -> dict[str, int]:
     return {"num_warps": max(4, min(16, largest // 8)), "num_stages": 3 if largest <= 64 else 1}
 
 
+@on_their_device
 def logits_forward(sources: Sequence[Tensor], probes: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Launch the first kernel on N sources [..., D] and float32 probes [Q, D].
 
@@ -151,6 +152,7 @@ def logits_forward(sources: Sequence[Tensor], probes: Tensor, eps: float) -> tup
     return rstd, logit
 
 
+@on_their_device
 def mix_forward(sources: Sequence[Tensor], logit: Tensor, factors: Sequence[float]) -> tuple[list[Tensor], Tensor]:
     """Launch the second kernel on the logits of the first.
 

@@ -58,7 +58,8 @@ def merge_by_kernel(
     inter_out: Tensor, lse: Tensor, partial: Tensor, query: Tensor, key_norm: Tensor | None, eps: float, factor: float
 ) -> Tensor:
     """Return the merge [..., D] from the kernel."""
-    probe = probe_of(query, key_norm)
+    # kernels take it as it lies in memory
+    probe, lse = probe_of(query, key_norm), lse.to(torch.float32)
     return torch.ops.attnres.merge(partial, None, inter_out, lse, probe, None, None, "none", 0.0, eps, factor)[1]
 
 
@@ -77,7 +78,7 @@ def add_merge_norm_by_kernel(
     norm: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the new partial sum and the normed mix [..., D] from the kernel."""
-    probe = probe_of(query, key_norm)
+    probe, lse = probe_of(query, key_norm), lse.to(torch.float32)
     weight, bias = (vector if vector is None else vector.contiguous() for vector in (norm_weight, norm_bias))
     if norm_eps is None:
         norm_eps = torch.finfo(torch.float32).eps

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, rows_of, whole_rows
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, on_their_device, rows_of, whole_rows
 from attnres_rewrite.kernels.triton_rows import row_starts
 
 
@@ -116,6 +116,7 @@ def merge_backward_kernel(
         tl.store(dvectors + (K - 1) * D, dbias, d < D)
 
 
+@on_their_device
 def merge_backward(
     grad_total: Tensor | None, grad: Tensor, total: Tensor, inter_out: Tensor, lse: Tensor, probe: Tensor,
     norm_weight: Tensor | None, has_bias: bool, stats: Tensor, norm: str, factor: float,

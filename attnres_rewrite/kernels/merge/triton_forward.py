@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import rows_of, whole_rows
+from attnres_rewrite.kernels.rows import on_their_device, rows_of, whole_rows
 from attnres_rewrite.kernels.triton_rows import row_starts
 
 
@@ -64,6 +64,7 @@ def merge_forward_kernel(
     tl.store(out_TD + out_rows, mix.to(out_TD.dtype.element_ty), inside)
 
 
+@on_their_device
 def merge_forward(
     partial: Tensor, update: Tensor | None, inter_out: Tensor, lse: Tensor, probe: Tensor,
     norm_weight: Tensor | None, norm_bias: Tensor | None, norm: str, norm_eps: float, eps: float, factor: float,

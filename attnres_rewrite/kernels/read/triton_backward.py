@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import MAX_PROGRAMS, rows_of, whole_rows
+from attnres_rewrite.kernels.rows import MAX_PROGRAMS, on_their_device, rows_of, whole_rows
 from attnres_rewrite.kernels.triton_rows import pick, row_starts
 
 
@@ -67,6 +67,7 @@ def read_backward_kernel(
     tl.store(dprobe_PD + program * D + d, dprobe, d < D)
 
 
+@on_their_device
 def read_backward(
     grad: Tensor, sources: Sequence[Tensor], probe: Tensor, rstd: Tensor, logit: Tensor, factor: float
 ) -> tuple[list[Tensor], Tensor]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnres_rewrite.kernels.routes import count
-from attnres_rewrite.kernels.rows import rows_of, whole_rows
+from attnres_rewrite.kernels.rows import on_their_device, rows_of, whole_rows
 from attnres_rewrite.kernels.triton_rows import pick, row_starts
 
 
@@ -45,6 +45,7 @@ def read_forward_kernel(
     tl.store(out_TD + t[:, None] * D + d[None, :], mixed.to(out_TD.dtype.element_ty), inside)
 
 
+@on_their_device
 def read_forward(sources: Sequence[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel on S sources [..., D] and a float32 probe [D].
 

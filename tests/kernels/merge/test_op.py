@@ -112,6 +112,14 @@ def test_a_gain_and_a_query_of_another_dtype():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_log_sum_exp_of_another_dtype(dtype):
+    inputs, fused_inputs = inputs_of(20, (40,), torch.float32), fused_inputs_of(20, (40,), torch.float32)
+    inputs[1] = fused_inputs[3] = inputs[1].detach().to(dtype).requires_grad_()
+    assert_within_twice_rounding(kernel, by_reference, inputs)
+    assert_within_twice_rounding(fused(op.add_merge_norm_by_kernel), fused(reference.add_merge_norm), fused_inputs)
+
+
 def test_any_strides():
     """Transposed, sliced and expanded rows, vectors that are columns, and gradients that are not contiguous."""
     storages = [
