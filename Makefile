@@ -6,7 +6,8 @@
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
 #   make docs       the documentation site, into site/; a warning is an error
 #   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so.
-#                   GPU_PARTS="tests reads" runs these alone, GPU_SECONDS=500 gives each more time
+#                   GPU_PARTS="tests reads" runs these alone, GPU_SECONDS=500 gives each more time; GPU_PARTS=backend
+#                   times the step of an attached model, and compiling, which take minutes of their own
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,8 +78,10 @@ gpu-run:
 	part block $(GPU_PYTHON) benchmarks/block.py --device cuda --json $(GPU_RESULTS)/block_cuda.json; \
 	part block-4096 $(GPU_PYTHON) benchmarks/block.py --device cuda --width 4096 --variants flash-attn-res \
 	  --json $(GPU_RESULTS)/block_cuda_4096.json; \
-	part step $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 12 --width 2048 --tokens 4096 --eager \
-	  --variants original auto backend naive --no-compile-times --json $(GPU_RESULTS)/step_cuda.json; \
+	part step $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 24 --width 2048 --tokens 4096 --eager \
+	  --variants original auto naive --no-compile-times --json $(GPU_RESULTS)/step_cuda.json; \
+	part backend $(GPU_PYTHON) benchmarks/step.py --device cuda --layers 12 --width 2048 --tokens 4096 \
+	  --variants original backend --json $(GPU_RESULTS)/step_cuda_backend.json; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 clean:
