@@ -20,7 +20,7 @@ from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.errors import ModeMismatchError, NoStreamError, ProofError, explain
 from attnres_rewrite.fxgraph import tensor_of
 from attnres_rewrite.inputs import check_inputs_given, plain_inputs
-from attnres_rewrite.kernels.routes import kernels_of, why_no_kernel, why_no_variant_kernel
+from attnres_rewrite.kernels.routes import kernels_of, unnoted, why_no_kernel, why_no_variant_kernel
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule, require_rewritten
 from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
@@ -101,7 +101,8 @@ def rewrite(
     new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
     if verify:
         faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
-        proved = prove(new, inputs, say)
+        with unnoted():
+            proved = prove(new, inputs, say)
         new.report = replace(report, verify=replace(proved, proofs=(*faithful, *proved.proofs)))
         require_proofs(new.report.verify)
     return new
@@ -169,7 +170,8 @@ def verify(
     check_inputs_given(() if args is None else args, kwargs)
     given = args is not None or kwargs is not None
     inputs = ExampleInputs(tuple(args or ()), dict(kwargs or {})) if given else new.example_inputs
-    return prove(new, inputs, progress or (lambda stage: None))
+    with unnoted():
+        return prove(new, inputs, progress or (lambda stage: None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
+from attnres_rewrite import functional
 from attnres_rewrite.report import report_from_dict
 from tests.networks import Gpt, Layer, gpt, ids
 
@@ -35,6 +36,14 @@ def test_the_report_says_what_was_found_planned_and_proved():
     assert report.verify.passed
     assert stages[0] == "capture (eval)"
     assert any(stage.startswith("prove:") for stage in stages)
+
+
+def test_proofs_are_no_calls_of_plain_pytorch():
+    """They run in float64, for which there is no kernel; on a GPU each counted call is warned of."""
+    functional.reset_launches()
+    new = ar.rewrite(gpt(), (ids(),))
+    assert ar.verify(new).passed
+    assert functional.launches() == {}
 
 
 def test_the_report_goes_through_json_and_back():

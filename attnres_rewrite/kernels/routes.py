@@ -23,6 +23,7 @@ _KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _HAS_TRITON = find_spec("triton") is not None
 _counts: Counter[str] = Counter()
 _is_backend_tracing = False
+_is_unnoted = False
 
 
 def launches() -> Mapping[str, int]:
@@ -70,7 +71,7 @@ def note_variant(tensor: Tensor, num_heads: int, key_rank: int | None, recency_b
 
 
 def _count_plain(operation: str, reason: str, tensor: Tensor) -> None:
-    if not _is_traced(tensor):
+    if not _is_traced(tensor) and not _is_unnoted:
         count(f"{operation}: plain ({reason})")
         if tensor.is_cuda:
             _warn_once(operation, reason)
@@ -91,6 +92,17 @@ def compiling() -> Generator[None]:
         yield
     finally:
         _is_backend_tracing = before
+
+
+@contextmanager
+def unnoted() -> Generator[None]:
+    """Neither count nor warn where operations run as plain PyTorch: proofs run in float64, whatever the model does."""
+    global _is_unnoted
+    before, _is_unnoted = _is_unnoted, True
+    try:
+        yield
+    finally:
+        _is_unnoted = before
 
 
 def _is_compiling() -> bool:

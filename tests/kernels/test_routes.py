@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from attnres_rewrite.kernels.routes import why_no_kernel, why_no_variant_kernel, why_not_kernel
+from attnres_rewrite.kernels.routes import (
+    launches,
+    reset_launches,
+    runs_kernel,
+    unnoted,
+    why_no_kernel,
+    why_no_variant_kernel,
+    why_not_kernel,
+)
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -27,6 +35,15 @@ def test_why_no_kernel(arguments, reason):
 
 def test_an_eager_call_on_a_cpu_is_no_work_for_a_kernel():
     assert why_not_kernel([torch.zeros(2, 8)]) == "cpu"
+
+
+def test_what_is_unnoted_does_not_count():
+    reset_launches()
+    with unnoted():
+        assert not runs_kernel("read", [torch.zeros(2, 8)])
+    assert launches() == {}
+    assert not runs_kernel("read", [torch.zeros(2, 8)])
+    assert launches() == {"read: plain (cpu)": 1}
 
 
 @pytest.mark.parametrize(
