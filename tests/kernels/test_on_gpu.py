@@ -51,7 +51,8 @@ def assert_rows_agree(call, rows: list[Tensor], queries: list[Tensor]) -> None:
         torch.testing.assert_close(row.grad[-TAIL:], twin.grad, rtol=0, atol=0)
         assert not row.grad[:TAIL].any()
     for query, twin in zip(queries, twins, strict=True):
-        torch.testing.assert_close(query.grad, twin.grad, rtol=1e-5, atol=1e-5)
+        # the same terms in another order: where they cancel, the rounding of the sums is not small beside what is left
+        assert (query.grad - twin.grad).norm() <= 1e-6 * twin.grad.norm()
 
 
 def test_a_read_of_tensors_over_four_gib():

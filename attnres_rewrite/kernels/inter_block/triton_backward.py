@@ -18,6 +18,7 @@ from torch import Tensor
 
 from attnres_rewrite.kernels.inter_block.triton_forward import (
     PRECISIONS,
+    added,
     channels,
     padded,
     parts_of,
@@ -45,7 +46,7 @@ def scalars_kernel(
     """One program makes the scalars of one token."""
     t = tl.program_id(0).to(tl.int64)
     n, q = tl.arange(0, BN), tl.arange(0, BQ)
-    dots = tl.zeros([BQ, BN], tl.float32)
+    dots, lost = tl.zeros([BQ, BN], tl.float32), tl.zeros([BQ, BN], tl.float32)
     if G > 0:
         row = tl.multiple_of(pick_each(sources, n, N, 1, 0) + starts_of_row(t, n, sizes, strides, N, RANK), BYTES)
         grad_row = pick_each(grads, q, G, 1, 0) + starts_of_row(t, q, sizes, grad_strides, G, RANK)
@@ -54,7 +55,10 @@ def scalars_kernel(
             d = first + tl.arange(0, BD)
             value = tl.load(row[None, :] + d[:, None], (n < N)[None, :] & (d < D)[:, None], 0.0)
             grad = tl.load(grad_row[:, None] + d[None, :], (q < Q)[:, None] & (d < D)[None, :], 0.0)
-            dots = tl.dot(grad, value, dots, input_precision="ieee")
+            # each chunk has a sum of its own, as in logit_kernel: float32 products are summed one by one
+            chunk = tl.zeros([BQ, BN], tl.float32)
+            chunk = tl.dot(grad, value, chunk, input_precision="ieee", max_num_imprecise_acc=BD)
+            dots, lost = added(dots, lost, chunk)
     inside = (n < N)[None, :] & (q < Q)[:, None]
     weight, logit, _, _ = softmax_of_token(logit_TNQ, t, n, q, N, Q)
     factor = pick_each(factors, q, Q, 1, 0)[:, None]

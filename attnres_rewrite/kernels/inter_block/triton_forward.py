@@ -30,6 +30,14 @@ def scalars_dot(scalars, rows, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def added(total, lost, part):
+    """total + part, and what it lost, by Kahan: a hundred sums in a row would round twice as much as the reference."""
+    part -= lost
+    new_total = total + part
+    return new_total, (new_total - total) - part
+
+
+@triton.jit
 def softmax_of_token(logit_TNQ, t, n, q, N: tl.constexpr, Q: tl.constexpr):
     """[Q, N] weights and logits of one token, [Q] maxima and sums of exp(logit - top); exp(logit - lse) would round."""
     inside = (n < N)[None, :] & (q < Q)[:, None]
@@ -68,11 +76,7 @@ def logit_kernel(
             part = probe_KQD + (K - 1 - k) * Q * D
             probe = tl.load(part + q[None, :] * D + d[:, None], (q < Q)[None, :] & (d < D)[:, None], 0.0)
             chunk = tl.dot(value.to(probe.dtype), probe, chunk, PRECISION, max_num_imprecise_acc=BD)
-        # Kahan's sum: a hundred chunks in a row would round twice as much as the reference
-        chunk -= lost
-        new_dots = dots + chunk
-        lost = (new_dots - dots) - chunk
-        dots = new_dots
+        dots, lost = added(dots, lost, chunk)
     rstd = tl.rsqrt(tl.sum(squares, 1) / D + eps)
     row_TN = t * N + n
     tl.store(rstd_TN + row_TN, rstd, here)

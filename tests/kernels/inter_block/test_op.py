@@ -1,5 +1,8 @@
 """Mirrors attnres_rewrite/kernels/inter_block/op.py and its kernels: outputs, gradients, sizes, strides, routing."""
 
+from importlib import import_module
+
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +56,30 @@ def test_outputs_and_every_gradient(num_sources, num_queries, width, leading, dt
 @pytest.mark.parametrize("dtype", DTYPES[-1:] if DEVICE == "cpu" else DTYPES, ids=str)
 def test_rows_as_wide_as_those_of_a_big_model(dtype):
     assert_within_twice_rounding(*operations(3, 2), inputs_of(3, 2, 7168, (2,), dtype))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does so itself")
+def test_float32_products_are_summed_one_by_one(language, monkeypatch):
+    """As a GPU's multiply-adds do; NumPy, of the interpreter, sums in parts, which loses less."""
+    if language != "triton":
+        pytest.skip("of Triton's matrix products")
+    builder = import_module("triton.runtime.interpreter").InterpreterBuilder
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, d, *_: type(d)(one_by_one(a, b, d), d.dtype))
+    # the logits take long in the interpreter
+    monkeypatch.setattr(op, "_logits_forward", logits_of)
+    assert_within_twice_rounding(*operations(3, 2), inputs_of(3, 2, 7168, (1,)))
+
+
+def logits_of(sources, probes, eps):
+    rows = torch.stack(list(sources), 1)
+    rstd = rows.square().mean(-1).add(eps).rsqrt()
+    return rstd, (rows @ probes.T) * rstd[..., None]
+
+
+def one_by_one(a, b, d):
+    """d + a @ b of the interpreter's float32 values, every product added to one running sum."""
+    products = a.data[:, None, :] * b.data.T[None, :, :]
+    return np.cumsum(np.concatenate([d.data[..., None], products], -1), -1)[..., -1]
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="slow in the interpreter")
