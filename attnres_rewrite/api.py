@@ -100,9 +100,10 @@ def rewrite(
     report = _report(model, config, captured, own, inserted[id(own.program)], seconds)
     new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
     if verify:
-        faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
+        faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else VerifyReport(())
         proved = prove(new, inputs, say)
-        new.report = replace(report, verify=replace(proved, proofs=(*faithful, *proved.proofs)))
+        both = VerifyReport((*faithful.proofs, *proved.proofs), (*faithful.notes, *proved.notes))
+        new.report = replace(report, verify=both)
         require_proofs(new.report.verify)
     return new
 

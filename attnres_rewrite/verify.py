@@ -159,6 +159,11 @@ def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence
 
 
 def _with_gradients(forward: Callable[[], Sequence[Any]], wanted: Sequence[Tensor]) -> Run:
+    outputs, loss = _outputs_and_loss(forward)
+    return outputs, _gradients(loss, wanted)
+
+
+def _outputs_and_loss(forward: Callable[[], Sequence[Any]]) -> tuple[list[Any], Tensor | None]:
     with torch.enable_grad():
         outputs = forward()
         noise = torch.Generator().manual_seed(2)
@@ -170,10 +175,13 @@ def _with_gradients(forward: Callable[[], Sequence[Any]], wanted: Sequence[Tenso
                     finite = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
                     term = (finite * weight).sum()
                     loss = term if loss is None else loss + term
-    detached = [value.detach() if isinstance(value, Tensor) else value for value in outputs]
+    return [value.detach() if isinstance(value, Tensor) else value for value in outputs], loss
+
+
+def _gradients(loss: Tensor | None, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     if loss is None or not wanted:
-        return detached, [None] * len(wanted)
-    return detached, list(torch.autograd.grad(loss, wanted, allow_unused=True))
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]) -> Proof:
@@ -256,10 +264,11 @@ def _largest(value: Any) -> float:
     return float(torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().max())
 
 
-def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> tuple[Proof, ...]:
+def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> VerifyReport:
     """Compare the captured graph of the model's own mode with the model, forward and backward, in its own precision.
 
-    Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back.
+    Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back. A model that has no
+    backward (it writes in place over what that needs) has a note, and no gradients to compare.
 
     Raises:
         ProofError: The outputs are the model's, and the gradients are not.
@@ -274,7 +283,13 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     own, captured = ([dict(owner.named_parameters())[name] for name in trained] for owner in (model, new))
     # a batch norm needs its statistics for the backward, so they are put back after it
     with seeded(tensors, 0), buffers_kept(model):
-        reference = _with_gradients(lambda: pytree.tree_leaves(model(*args, **kwargs)), own)
+        outputs, loss = _outputs_and_loss(lambda: pytree.tree_leaves(model(*args, **kwargs)))
+        try:
+            reference, notes = (outputs, _gradients(loss, own)), ()
+        except RuntimeError as why:
+            first_line = str(why).partition("\n")[0]
+            notes = (f"the model itself has no backward, so the capture was compared forward only: {first_line}",)
+            reference, captured = (outputs, []), []
     runner = torch.fx.Interpreter(new, graph=program.original)
     given = list(map(_cloned, leaves))
     with seeded(tensors, 0), buffers_kept(new):
@@ -296,7 +311,7 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     )
     if proof.output_error <= proof.limit and not proof.passed:
         raise _lost_gradients(proof, trained, reference[1], found[1])
-    return (proof,)
+    return VerifyReport((proof,), notes)
 
 
 def _lost_gradients(

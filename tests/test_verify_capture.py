@@ -60,3 +60,15 @@ def test_statistics_of_copied_batch_norms_are_left_as_they_were():
     new = ar.rewrite(model.train(), (ids(),), dynamic_shapes={}, share_parameters=False)
     assert new.get_buffer("layers.0.n2.num_batches_tracked") == 0
     assert not new.get_buffer("layers.0.n2.running_mean").any()
+
+
+def in_place(s: Layer, x: torch.Tensor) -> torch.Tensor:
+    x += s.f(s.n1(x))
+    return x
+
+
+def test_a_model_without_a_backward_of_its_own_is_compared_forward_and_has_a_note():
+    verified = ar.rewrite(gpt_of(in_place), (ids(),), dynamic_shapes={}).report.verify
+    assert verified.passed
+    assert verified.proofs[0].gradient_error is None
+    assert "the model itself has no backward" in verified.notes[0]
