@@ -35,6 +35,7 @@ _KEEPS_SUM = {
     }.items()
     for name in names.split()
 }
+_UPDATES = frozenset("add sub rsub lerp addmm baddbmm addbmm addcdiv index_add scatter_add".split())
 _MOST_UPDATES = 3  # attention, cross-attention, MLP: more updates between two norms make a stack, not a layer
 
 
@@ -44,7 +45,7 @@ def links(chains: Sequence[Chain]) -> dict[int, tuple[int, str]]:
     found: dict[int, tuple[int, str]] = {}
     for index, chain in enumerate(chains):
         source, through = _trace_back(chain.root, end_of)
-        if source is None or not through:
+        if not is_norm(through):
             source, through = _trace_sum(chain.root, end_of)
         if source is not None and through and source != index:
             found[source] = (index, through)
@@ -81,7 +82,7 @@ def _kept_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _trace_back(root: fx.Node, end_of: dict[fx.Node, int]) -> tuple[int | None, str]:
-    """Follow a root back through norms, activations and dropouts to the end of a chain."""
+    """Follow a root back through a norm, which may be written by hand, to the end of a chain."""
     source, through = None, ""
     todo, seen = [root], {root}
     while todo:
@@ -92,9 +93,9 @@ def _trace_back(root: fx.Node, end_of: dict[fx.Node, int]) -> tuple[int | None, 
         name = op_name(node)
         if node.op == "get_attr":
             continue
-        if name in _NORM_OPS or (name in _ACTIVATIONS | DROPOUTS and not through):
+        if name in _NORM_OPS:
             through = name
-        elif name not in _AROUND_A_NORM:
+        elif name not in _AROUND_A_NORM | _ACTIVATIONS:
             return None, ""
         for value in node.all_input_nodes:
             if value not in seen:
@@ -108,7 +109,8 @@ def short_runs(chains: Sequence[Chain], following: dict[int, tuple[int, str]]) -
 
     A run is two or more linked chains of at most three updates each. Longer ones are whole stacks with a norm between
     them, each a stream of its own, but for layers of more updates (Conformer). What is no norm and no activation does
-    not end a stack: there one short chain is enough, and so are three of any length.
+    not end a stack: there one short chain is enough, and so are three of any length. An update that is no add we know
+    never ends one.
     """
     reasons: dict[int, str] = {}
     targets = {target for target, _ in following.values()}
@@ -118,16 +120,19 @@ def short_runs(chains: Sequence[Chain], following: dict[int, tuple[int, str]]) -
         run = [first]
         while run[-1] in following:
             run.append(following[run[-1]][0])
-        short = [len(chains[index].adds) <= _MOST_UPDATES for index in run]
-        if (
-            all(short)
-            or _is_one_layer([chains[index] for index in run])
-            or (_goes_on(run, following) and (any(short) or len(run) > 2))
-        ):
+        if _is_cut([chains[index] for index in run], {following[index][1] for index in run[:-1]}):
             for index in run:
                 through = following[index][1] if index in following else following[run[-2]][1]
                 reasons[index] = through
     return reasons
+
+
+def _is_cut(run: Sequence[Chain], between: set[str]) -> bool:
+    """Say whether the chains of a run are pieces of one stream, given the ops between them."""
+    short = [len(chain.adds) <= _MOST_UPDATES for chain in run]
+    if all(short) or _is_one_layer(run) or between & _UPDATES:
+        return True
+    return not between & (_NORM_OPS | _ACTIVATIONS) and (any(short) or len(run) > 2)
 
 
 def _is_one_layer(run: Sequence[Chain]) -> bool:
@@ -137,11 +142,6 @@ def _is_one_layer(run: Sequence[Chain]) -> bool:
         return True
     lines = [[source_line(add.node) for add in chain.adds] for chain in run]
     return all(lines[0]) and len(set(lines[0])) == len(lines[0]) and all(other == lines[0] for other in lines)
-
-
-def _goes_on(run: Sequence[int], following: dict[int, tuple[int, str]]) -> bool:
-    """Say whether every link of a run is an op that does not end a stack of layers."""
-    return not any(following[index][1] in _NORM_OPS | _ACTIVATIONS for index in run[:-1])
 
 
 def is_norm(name: str) -> bool:

@@ -1,5 +1,7 @@
 """Mirrors attnres_rewrite/passes/post_norm.py: what stands between two chains and makes them no streams."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,25 +48,31 @@ def test_layers_that_are_joined_by_more_than_an_add_are_not_a_stream_each(name):
         search(gpt_of(BETWEEN[name], depth=3))
 
 
-class MaskedOnce(nn.Module):
-    """Two stacks of `depth` layers, with a mask on the sum between them."""
+class Joined(nn.Module):
+    """Two stacks of two layers, with something done to the sum between them."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.front, self.back = gpt(depth), gpt(depth)
+        self.front, self.back, self.between = gpt(2), gpt(2), between
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.front.embed(ids)
         for each in self.front.layers:
             x = each(x)
-        x = x * mask(x)
+        x = self.between(x)
         for each in self.back.layers:
             x = each(x)
         return self.back.head(self.back.norm(x))
 
 
 def test_stacks_with_a_mask_between_them_are_a_stream_each():
-    assert [len(stream.updates) for stream in search(MaskedOnce(2)).streams] == [4, 4]
+    joined = Joined(lambda x: x * mask(x))
+    assert [len(stream.updates) for stream in search(joined).streams] == [4, 4]
+
+
+def test_an_update_that_is_not_understood_does_not_make_two_streams_of_one():
+    with pytest.raises(NoStreamError, match="8 x the sum passes through add before the next update"):
+        search(Joined(lambda x: x + torch.tanh(x)))
 
 
 def conformer(s: Layer, x: Tensor) -> Tensor:
@@ -78,3 +86,8 @@ def conformer(s: Layer, x: Tensor) -> Tensor:
 def test_a_norm_at_the_end_of_each_layer_is_post_norm_however_many_updates_a_layer_has():
     with pytest.raises(PostNormError, match="post-norm"):
         search(gpt_of(conformer, depth=3))
+
+
+def test_an_activation_behind_a_norm_of_the_sum_is_post_norm():
+    with pytest.raises(PostNormError, match="post-norm"):
+        search(gpt_of(lambda s, x: torch.relu(s.n2(layer(s, x))), depth=3))
