@@ -19,7 +19,7 @@ from attnres_rewrite.fxgraph import argument, has_one_element, is_floating, op_n
 
 VIEWS = frozenset(
     """view reshape _unsafe_view _reshape_alias view_as reshape_as flatten unflatten permute transpose movedim
-    moveaxis swapaxes swapdims t unsqueeze squeeze""".split()
+    moveaxis swapaxes swapdims t mT unsqueeze squeeze""".split()
 )
 CASTS = frozenset("to _to_copy type_as clone contiguous alias lift_fresh_copy".split())
 DROPOUTS = frozenset("dropout native_dropout alpha_dropout feature_dropout".split())
@@ -135,8 +135,8 @@ def carry_axis(carrier: fx.Node, axis: int) -> int | None:
         return axis
     if name == "permute":
         return [dim % len(before) for dim in argument(carrier, 1, "dims")].index(axis)
-    if name in ("transpose", "swapaxes", "swapdims", "t"):
-        pair = (0, 1) if name == "t" else (argument(carrier, 1, "dim0"), argument(carrier, 2, "dim1"))
+    if name in ("transpose", "swapaxes", "swapdims", *_SWAPPED):
+        pair = _SWAPPED.get(name) or (argument(carrier, 1, "dim0"), argument(carrier, 2, "dim1"))
         first, second = (dim % len(before) for dim in pair)
         return {first: second, second: first}.get(axis, axis)
     if name in ("movedim", "moveaxis"):
@@ -147,6 +147,9 @@ def carry_axis(carrier: fx.Node, axis: int) -> int | None:
         if size == before[axis] and math.prod(after[place + 1 :]) == behind:
             return place
     return None
+
+
+_SWAPPED = {"t": (0, 1), "mT": (-2, -1)}
 
 
 def _moved_axis(carrier: fx.Node, axis: int, rank: int) -> int:

@@ -52,3 +52,12 @@ def test_a_row_of_a_parameter_is_a_factor_of_the_channels():
     assert [update.kind for update in stream.updates] == (
         ["residual"] * 4 + ["skip"] + ["residual"] * 2 + ["skip"] + ["residual"] * 2
     )
+
+
+def test_a_matrix_transpose_carries_the_channels():
+    def channels_first(s: Layer, x: Tensor) -> Tensor:
+        y = x.mT + s.f(s.n1(x)).mT
+        return (y + s.g(s.n2(y.mT)).mT).mT
+
+    (stream,) = search(gpt_of(channels_first)).streams
+    assert stream.axes == (2, 1, 1, 1, 1)
