@@ -29,6 +29,7 @@ from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.passes.plan_blocks import plan_blocks
 from attnres_rewrite.passes.relax_checks import relax_checks
+from attnres_rewrite.passes.relax_views import relax_views
 from attnres_rewrite.passes.schedule_reads import schedule_reads
 from attnres_rewrite.records import BlockPlan, Captured, FusedRead, ReadGroup, StreamSearch
 from attnres_rewrite.report import RewriteReport, VerifyReport, describe_stream, report_from
@@ -100,10 +101,11 @@ def rewrite(
     report = _report(model, config, captured, own, inserted[id(own.program)], seconds)
     new = RewrittenModule(tree, programs, captured.training, config, report, inputs)
     if verify:
-        faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else ()
+        faithful = prove_capture(model, new, inputs, say) if isinstance(model, nn.Module) else VerifyReport(())
         with unnoted():
             proved = prove(new, inputs, say)
-        new.report = replace(report, verify=replace(proved, proofs=(*faithful, *proved.proofs)))
+        both = VerifyReport((*faithful.proofs, *proved.proofs), (*faithful.notes, *proved.notes))
+        new.report = replace(report, verify=both)
         require_proofs(new.report.verify)
     return new
 
@@ -184,10 +186,11 @@ class Planned:
 
 
 def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
-    """Run the passes up to the plan; additions are spelled anew, nothing else changes."""
+    """Run the passes up to the plan; additions and views are spelled anew, nothing else changes."""
     normalize_adds(program)
     search = find_stream(program)
     refuse_mixed_grad_modes(program.graph, search.streams)
+    relax_views(program.graph, search.streams)
     return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 

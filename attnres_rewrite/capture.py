@@ -26,6 +26,7 @@ from attnres_rewrite.dynamo_graph import without_number_inputs
 from attnres_rewrite.errors import AlreadyRewrittenError, CaptureError, explain
 from attnres_rewrite.export_routes import Route, asks_for_fixed, automatic_dims, export, quiet, routes_for
 from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor_of
+from attnres_rewrite.host_random import host_draws_refused
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.model_caches import register_caches
 from attnres_rewrite.model_state import in_mode, plain_tensors_kept
@@ -105,7 +106,7 @@ def _from_module(
         say(f"capture ({'train' if mode else 'eval'})")
         routes = routes_for(dynamic_shapes) if route is None else (route,)
         try:
-            with in_mode(model, mode), plain_tensors_kept(model):
+            with in_mode(model, mode), plain_tensors_kept(model), host_draws_refused(type(model).__name__):
                 program, route = export(model, args, kwargs, dynamic_shapes, routes)
         except CaptureError as why:
             if mode == model.training:

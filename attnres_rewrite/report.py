@@ -97,8 +97,7 @@ class Proof:
         mode: "train" or "eval".
         dtype: In which it ran, as "float64".
         output_error: The largest of any output.
-        gradient_error: The largest of any gradient; None when this proof runs forward only, or nothing is
-            differentiable.
+        gradient_error: The largest of any gradient; None when nothing is differentiable.
         num_outputs: Tensors compared.
         num_gradients: Gradients compared.
         limit: What no error may exceed.

@@ -6,7 +6,8 @@
                  left out, the proof is called "original, bias 0", and a note says how far off the outputs are with it.
 2. independent   at random queries and gains it gives what DepthInterpreter evaluates over the original graph: outputs
                  and every gradient, those of queries, gains and gates included.
-0. capture       the original graph gives the outputs of the module itself, in the module's own precision.
+0. capture       the original graph gives the outputs of the module itself, and the gradients of its parameters, in the
+                 module's own precision and mode.
 
 1 and 2 run in float64 for every mode that was captured, random numbers from one seed.
 """
@@ -154,21 +155,33 @@ def _prove_independent(
 
 def _run(interpreter: LiftedInterpreter, leaves: Sequence[Any], wanted: Sequence[Tensor]) -> Run:
     """Run forward, and backward from one fixed random weighting of all floating outputs."""
+    return _with_gradients(lambda: interpreter.run_lifted(leaves)[0], wanted)
+
+
+def _with_gradients(forward: Callable[[], Sequence[Any]], wanted: Sequence[Tensor]) -> Run:
+    outputs, loss = _outputs_and_loss(forward)
+    return outputs, _gradients(loss, wanted)
+
+
+def _outputs_and_loss(forward: Callable[[], Sequence[Any]]) -> tuple[list[Any], Tensor | None]:
     with torch.enable_grad():
-        outputs, _ = interpreter.run_lifted(leaves)
+        outputs = forward()
         noise = torch.Generator().manual_seed(2)
         loss: Tensor | None = None
         for value in outputs:
             if isinstance(value, Tensor) and value.dtype.is_floating_point:
-                weight = torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value.device)
+                weight = torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value)
                 if value.requires_grad:
                     finite = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
                     term = (finite * weight).sum()
                     loss = term if loss is None else loss + term
-    detached = [value.detach() if isinstance(value, Tensor) else value for value in outputs]
+    return [value.detach() if isinstance(value, Tensor) else value for value in outputs], loss
+
+
+def _gradients(loss: Tensor | None, wanted: Sequence[Tensor]) -> list[Tensor | None]:
     if loss is None or not wanted:
-        return detached, [None] * len(wanted)
-    return detached, list(torch.autograd.grad(loss, wanted, allow_unused=True))
+        return [None] * len(wanted)
+    return list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def _compare(name: str, mode: str, reference: Run, found: Run, float32_ops: set[str], notes: dict[str, None]) -> Proof:
@@ -251,38 +264,73 @@ def _largest(value: Any) -> float:
     return float(torch.where(torch.isfinite(value), value, torch.zeros_like(value)).abs().max())
 
 
-def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> tuple[Proof, ...]:
-    """Compare the captured graph of the model's own mode with the model, forward, in its own precision.
+def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs, say: Say) -> VerifyReport:
+    """Compare the captured graph of the model's own mode with the model, forward and backward, in its own precision.
 
-    Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back.
+    Random numbers come from one seed. Buffers that the forward updates (batch norm) are put back. A model that has no
+    backward (it writes in place over what that needs) has a note, and no gradients to compare.
+
+    Raises:
+        ProofError: The outputs are the model's, and the gradients are not.
     """
     _refuse_meta(new, inputs)
     say("prove: the capture is faithful")
     program = new.programs[new.training]
     leaves = flat_inputs(program.original, inputs.args, inputs.kwargs)
     tensors = (*model.parameters(), *model.buffers(), *leaves)
-    with torch.no_grad():
-        args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
-        with seeded(tensors, 0), buffers_kept(model):
-            reference = pytree.tree_leaves(model(*args, **kwargs))
-        runner = torch.fx.Interpreter(new, graph=program.original)
-        with seeded(tensors, 0), buffers_kept(model):
-            found = pytree.tree_leaves(runner.run(*map(_cloned, leaves), enable_io_processing=False))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
+    own, captured = ([dict(owner.named_parameters())[name] for name in trained] for owner in (model, new))
+    # a batch norm needs its statistics for the backward, so they are put back after it
+    with seeded(tensors, 0), buffers_kept(model):
+        outputs, loss = _outputs_and_loss(lambda: pytree.tree_leaves(model(*args, **kwargs)))
+        try:
+            reference, notes = (outputs, _gradients(loss, own)), ()
+        except RuntimeError as why:
+            first_line = str(why).partition("\n")[0]
+            notes = (f"the model itself has no backward, so the capture was compared forward only: {first_line}",)
+            reference, captured = (outputs, []), []
+    runner = torch.fx.Interpreter(new, graph=program.original)
+    given = list(map(_cloned, leaves))
+    with seeded(tensors, 0), buffers_kept(new):
+        found = _with_gradients(lambda: pytree.tree_leaves(runner.run(*given, enable_io_processing=False)), captured)
     dtype = next(
-        (value.dtype for value in reference if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
+        (value.dtype for value in reference[0] if isinstance(value, Tensor) and value.dtype in CAPTURE_LIMITS),
         torch.float32,
     )
-    return (
-        Proof(
-            name="capture",
-            mode="train" if new.training else "eval",
-            dtype=dtype_name(dtype),
-            output_error=relative_error(reference, found),
-            gradient_error=None,
-            num_outputs=sum(isinstance(value, Tensor) for value in reference),
-            num_gradients=0,
-            limit=CAPTURE_LIMITS[dtype],
-        ),
+    compared = sum(gradient is not None for gradient in reference[1])
+    proof = Proof(
+        name="capture",
+        mode="train" if new.training else "eval",
+        dtype=dtype_name(dtype),
+        output_error=relative_error(reference[0], found[0]),
+        gradient_error=relative_error(*_as_zeros(reference[1], found[1])) if compared else None,
+        num_outputs=sum(isinstance(value, Tensor) for value in reference[0]),
+        num_gradients=compared,
+        limit=CAPTURE_LIMITS[dtype],
+    )
+    if proof.output_error <= proof.limit and not proof.passed:
+        raise _lost_gradients(proof, trained, reference[1], found[1])
+    return VerifyReport((proof,), notes)
+
+
+def _lost_gradients(
+    proof: Proof, names: Sequence[str], reference: Sequence[Tensor | None], found: Sequence[Tensor | None]
+) -> ProofError:
+    """Say what torch.export loses of a backward, and which parameters notice."""
+    errors = {
+        name: relative_error(*_as_zeros([left], [right]))
+        for name, left, right in zip(names, reference, found, strict=True)
+    }
+    wrong = sorted((name for name, error in errors.items() if error > proof.limit), key=errors.__getitem__)
+    return ProofError(
+        explain(
+            f"the captured graph does not give the model's gradients ({proof.gradient_error:.1e}, relative)",
+            f"{wrong[-1]} and {len(wrong) - 1} more parameters" if wrong else None,
+            "torch.export keeps the forward only: the backward of a torch.autograd.Function, and hooks on gradients "
+            "(Tensor.register_hook, Module.register_full_backward_hook) are no part of its graph.",
+            "Write them as tensor operations, or the function as a torch.library.custom_op with register_autograd.",
+        )
     )
 
 

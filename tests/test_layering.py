@@ -18,6 +18,7 @@ LEVELS = (
         "trace_conditions",
         "copying",
         "model_state",
+        "host_random",
         "mark",
         "whole_folder",
         "kernels",

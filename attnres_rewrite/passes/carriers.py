@@ -5,7 +5,8 @@ every source of a read instead of to the running sum:
 
     (a + b).to(float32) * 0.5   ==   a.to(float32) * 0.5 + b.to(float32) * 0.5
 
-Active dropout is not one: a copy would draw another mask. Neither is anything that mixes elements.
+Active dropout is not one: a copy would draw another mask. Neither is anything that mixes elements, nor a factor that is
+computed from the sum itself: x / x.norm() is a norm, and so is one of a single token at a batch of one.
 """
 
 import math
@@ -18,7 +19,7 @@ from attnres_rewrite.fxgraph import argument, has_one_element, is_floating, op_n
 
 VIEWS = frozenset(
     """view reshape _unsafe_view _reshape_alias view_as reshape_as flatten unflatten permute transpose movedim
-    moveaxis swapaxes swapdims t unsqueeze squeeze""".split()
+    moveaxis swapaxes swapdims t mT unsqueeze squeeze""".split()
 )
 CASTS = frozenset("to _to_copy type_as clone contiguous alias lift_fresh_copy".split())
 DROPOUTS = frozenset("dropout native_dropout alpha_dropout feature_dropout".split())
@@ -55,11 +56,27 @@ def _scaled_input(node: fx.Node, name: str) -> fx.Node | None:
     first, second = argument(node, 0, "self"), argument(node, 1, "other")
     if node.kwargs.get("rounding_mode") is not None:
         return None
-    if _scales(second, first) and shape_of(first) == shape_of(node):
+    if _scales(second, first) and shape_of(first) == shape_of(node) and not _is_made_of(second, first):
         return first
     if name == "mul" and _scales(first, second) and shape_of(second) == shape_of(node):
-        return second
+        return None if _is_made_of(first, second) else second
     return None
+
+
+def _is_made_of(factor: Any, stream: fx.Node) -> bool:
+    """Say whether a factor depends on the value that `stream` carries."""
+    root = stream_root(stream)
+    todo, seen = [factor], {root}
+    while todo:
+        node = todo.pop()
+        # what comes before the root cannot depend on it
+        if not isinstance(node, fx.Node) or node < root:
+            continue
+        if node is root:
+            return True
+        todo += [source for source in node.all_input_nodes if source not in seen or source is root]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _scales(factor: Any, stream: Any) -> bool:
@@ -79,12 +96,15 @@ def is_channel_vector(factor: Any, stream: Any) -> bool:
 
 
 def is_parameter(node: fx.Node) -> bool:
-    """Say whether a node is a parameter or buffer, possibly cast, viewed or expanded."""
-    while node.op == "call_function" and op_name(node) in CASTS | VIEWS | {"expand", "expand_as"}:
+    """Say whether a node is a parameter or buffer or a part of one, possibly cast, viewed or expanded."""
+    while node.op == "call_function" and op_name(node) in CASTS | VIEWS | _PARTS:
         if not isinstance(node.args[0], fx.Node):
             return False
         node = node.args[0]
     return node.op == "get_attr"
+
+
+_PARTS = frozenset("expand expand_as select slice getitem unbind chunk split".split())
 
 
 def stream_root(node: fx.Node) -> fx.Node:
@@ -115,8 +135,8 @@ def carry_axis(carrier: fx.Node, axis: int) -> int | None:
         return axis
     if name == "permute":
         return [dim % len(before) for dim in argument(carrier, 1, "dims")].index(axis)
-    if name in ("transpose", "swapaxes", "swapdims", "t"):
-        pair = (0, 1) if name == "t" else (argument(carrier, 1, "dim0"), argument(carrier, 2, "dim1"))
+    if name in ("transpose", "swapaxes", "swapdims", *_SWAPPED):
+        pair = _SWAPPED.get(name) or (argument(carrier, 1, "dim0"), argument(carrier, 2, "dim1"))
         first, second = (dim % len(before) for dim in pair)
         return {first: second, second: first}.get(axis, axis)
     if name in ("movedim", "moveaxis"):
@@ -127,6 +147,9 @@ def carry_axis(carrier: fx.Node, axis: int) -> int | None:
         if size == before[axis] and math.prod(after[place + 1 :]) == behind:
             return place
     return None
+
+
+_SWAPPED = {"t": (0, 1), "mT": (-2, -1)}
 
 
 def _moved_axis(carrier: fx.Node, axis: int, rank: int) -> int:

@@ -118,17 +118,19 @@ def _classify_independent(
     reach: Reachability,
 ) -> Match | None:
     """Neither operand reads the other: a parallel branch, or an injection, onto a known stream."""
-    choices: list[tuple[tuple[bool, bool, int], fx.Node, fx.Node]] = []
+    choices: list[tuple[tuple[bool, bool, bool, int], fx.Node, fx.Node]] = []
     for (stream, root), (branch, branch_root) in ((left, right), (right, left)):
         if root in found:
             chain = found[root]
             reads = bool((reach.seen[branch] | reach.bit.get(branch, 0)) & chain.history)
             # a chain inside the branch starts from the stream, never the other way round
             starts_first = branch_root not in found or reach.reaches(chain.root, found[branch_root].root)
-            choices.append(((reads, starts_first, chain.history.bit_count()), stream, branch))
+            # acc = w1 * x1 + w2 * x2 + ...: of two that go on from one state, the one that a layer added to
+            is_layer = chain.kind == "residual"
+            choices.append(((reads, starts_first, is_layer, chain.history.bit_count()), stream, branch))
     if not choices:
         return None
-    (reads, _, _), stream, branch = max(choices, key=lambda choice: choice[0])
+    (reads, *_), stream, branch = max(choices, key=lambda choice: choice[0])
     return stream, branch, "parallel" if reads else "inject"
 
 

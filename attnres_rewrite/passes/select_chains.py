@@ -136,8 +136,12 @@ def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
             for state, add in zip(chain.states, chain.adds, strict=False)
         )
         if carried * 2 < len(chain.adds):
-            reasons[index] = "adds one value again and again, which no later layer carries on (a mask or a bias)"
+            reasons[index] = _STAR if len(chain.adds) == 1 else _LEFT_BEHIND
     return reasons
+
+
+_STAR = "adds one value again and again, which no later layer carries on (a mask or a bias)"
+_LEFT_BEHIND = "most of its states are also used past the next one: a recurrence, or a weighted sum of all of them"
 
 
 def _leaking(stars: Sequence[Chain], reach: Reachability) -> list[Chain]:
@@ -175,15 +179,22 @@ def _nested(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     closer = _post_dominators(chains, reach)
 
     def lies_inside(inner: Chain, outer: Chain) -> bool:
-        if not _feeds_later(inner, outer, reach) or _feeds_later(outer, inner, reach):
+        if not _feeds_later(inner, outer, reach):
             return False
-        if inner.root is not outer.root:
-            return reach.reaches(outer.root, inner.root)
-        # an encoder may share its root with its decoder, but it is read by more than one branch
-        entry = next(add.node for add in outer.adds if reach.reaches(inner.end, add.node))
-        return _passes_through(inner.end, entry, closer, reach)
+        if inner.root is not outer.root and reach.reaches(outer.root, inner.root):
+            return not _feeds_later(outer, inner, reach)
+        # an encoder may share its root with its decoder, but it is read by more than one branch; and what starts from
+        # a parameter lies inside when the stream is read in it, and when it began before one update and ended in it
+        if not reach.reaches(outer.root, inner.end):
+            return False
+        first, entry = (_first_reached(state, outer, reach) for state in (inner.adds[0].node, inner.end))
+        return entry is not None and first is entry and _passes_through(inner.end, entry, closer, reach)
 
     return _pairwise(chains, lies_inside, "lies inside one branch of a stream", reach)
+
+
+def _first_reached(state: fx.Node, chain: Chain, reach: Reachability) -> fx.Node | None:
+    return next((add.node for add in chain.adds if reach.reaches(state, add.node)), None)
 
 
 def _exchanging(chains: Sequence[Chain], reach: Reachability) -> Reasons:
