@@ -19,6 +19,7 @@ LEVELS = (
         "copying",
         "model_state",
         "mark",
+        "dynamo_skips",
         "whole_folder",
         "kernels",
         "functional",
