@@ -13,7 +13,8 @@ import inspect
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import CodeType
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from attnres_rewrite.api import plan_program, report_plans
 from attnres_rewrite.capture import capture, refuse_rewritten
 from attnres_rewrite.carried_config import config_for, folder_with_queries, forget_config, note_config
 from attnres_rewrite.config import AttnResConfig, check_config
+from attnres_rewrite.dynamo_skips import active_callback, trace_again
 from attnres_rewrite.errors import NotAttachedError, NotCompiledError, explain
 from attnres_rewrite.example_inputs import example_inputs, is_huggingface
 from attnres_rewrite.inputs import check_inputs_given
@@ -231,6 +233,8 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._attnres_facts is not None and not self._attnres_original:
+            if not torch.compiler.is_dynamo_compiling() and callable(active_callback()):
+                _raise_what_stopped_dynamo(self, forward.__code__, args, kwargs)  # pyright: ignore[reportCallIssue]
             args, kwargs = _marked(self, args, kwargs)
         return base.forward(self, *args, **kwargs)
 
@@ -239,6 +243,23 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     own = {"forward": functools.wraps(base.forward)(forward), "_attnres_base": base}
     return type(base.__name__, (Attached, base), described | own)
+
+
+@torch.compiler.disable
+def _raise_what_stopped_dynamo(model: Any, code: CodeType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    """Raise the model's own error, by running it as it was: Dynamo met it, kept it, and skips the code."""
+    trace_again(code)
+    for name in model._attnres_names:
+        parameter_of(model, name)
+    model._attnres_base.forward(model, *args, **kwargs)
+    raise NotCompiledError(
+        explain(
+            f"torch.compile gave up this {model._attnres_base.__name__}, and would run it without its reads",
+            None,
+            "The model raises no error of its own in this call.",
+            "TORCH_LOGS=graph_breaks in the environment makes torch say why.",
+        )
+    )
 
 
 def _marked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -20,6 +20,7 @@ LEVELS = (
         "model_state",
         "host_random",
         "mark",
+        "dynamo_skips",
         "whole_folder",
         "kernels",
         "functional",
