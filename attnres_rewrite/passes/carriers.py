@@ -27,6 +27,15 @@ DROPOUTS = frozenset("dropout native_dropout alpha_dropout feature_dropout".spli
 
 def carried_input(node: fx.Node) -> fx.Node | None:
     """Return the stream input of a carrier, or None when the node is not a carrier."""
+    source = _linear_input(node)
+    if source is None or op_name(node) not in ("mul", "div"):
+        return source
+    factor = argument(node, 1 if node.args[0] is source else 0, "other")
+    return None if _is_made_of(factor, source) else source
+
+
+def _linear_input(node: fx.Node) -> fx.Node | None:
+    """Return the input that a node re-lays out, casts or multiplies, whatever the factor is made of."""
     first = argument(node, 0, "self") if node.op == "call_function" else None
     if first is None or not is_floating(node):
         return None
@@ -56,16 +65,19 @@ def _scaled_input(node: fx.Node, name: str) -> fx.Node | None:
     first, second = argument(node, 0, "self"), argument(node, 1, "other")
     if node.kwargs.get("rounding_mode") is not None:
         return None
-    if _scales(second, first) and shape_of(first) == shape_of(node) and not _is_made_of(second, first):
+    if _scales(second, first) and shape_of(first) == shape_of(node):
         return first
     if name == "mul" and _scales(first, second) and shape_of(second) == shape_of(node):
-        return None if _is_made_of(first, second) else second
+        return second
     return None
 
 
 def _is_made_of(factor: Any, stream: fx.Node) -> bool:
     """Say whether a factor depends on the value that `stream` carries."""
-    root = stream_root(stream)
+    root = stream
+    # not stream_root, which would ask this of every factor on the way, and each of them of all before it
+    while (source := _linear_input(root)) is not None:
+        root = source
     todo, seen = [factor], {root}
     while todo:
         node = todo.pop()

@@ -109,13 +109,13 @@ def axis_votes(state: fx.Node) -> tuple[set[int], set[int]]:
     while todo:
         value, path, steps = todo.pop()
         for user in value.users:
-            if carried_input(user) is value:
-                todo.append((user, (*path, user), steps))
             for axis, is_norm in _axes_used(user, value):
                 place = restored_axis(path, axis)
                 if place is not None:
                     (norms if is_norm else layers).add(place)
-            if op_name(user) in _ELEMENTWISE and steps < _STEPS and _rank(user) == _rank(value):
+            if carried_input(user) is value:
+                todo.append((user, (*path, user), steps))
+            elif op_name(user) in _ELEMENTWISE and steps < _STEPS and _rank(user) == _rank(value):
                 todo.append((user, path, steps + 1))
     return norms, layers
 

@@ -1,7 +1,9 @@
-"""Find the adds that a forward makes under no_grad or autocast: torch.export keeps such a region as one call.
+"""Find the adds that a forward makes under no_grad, autocast or torch.cond: torch.export keeps a region as one call.
 
     with torch.autocast("cpu", torch.bfloat16): x = layer(x)
     ->  x = wrap_with_autocast("cpu", torch.bfloat16, True, None, body, x)[0]
+
+    x = torch.cond(p, layer, torch.clone, (x,))   ->   x = cond(p, body, other_body, (x, *parameters))[0]
 
 The passes do not look into bodies. A stream that goes through one is refused, because the layers in it would be left
 out; one that has nothing to do with a stream outside (a frozen encoder) is left alone, and said so in the report.
@@ -32,6 +34,10 @@ _KINDS: dict[object, tuple[str, str]] = {
     torch.ops.higher_order.wrap_with_autocast: (
         "torch.autocast",
         "Enter autocast around the call of the model instead of in its forward.",
+    ),
+    torch.ops.higher_order.cond: (
+        "torch.cond",
+        "Choose in the branch: x + torch.cond(p, f, torch.zeros_like, (x,)), or x + torch.where(p, f(x), 0).",
     ),
 }
 
@@ -80,14 +86,22 @@ def adds_in(regions: Sequence[Region]) -> Iterator[LeftAlone]:
 def _regions(gm: fx.GraphModule) -> Iterator[Region]:
     for node in gm.graph.nodes:
         if node.target in _KINDS:
-            position = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-            kept = gm.get_submodule(str(node.args[position].target))  # type: ignore[union-attr]
-            assert isinstance(kept, fx.GraphModule)
-            body = fx.GraphModule(kept, copy_graph(kept.graph)[0])
-            normalize_adds(body)
-            reach = Reachability(body.graph)
-            chains = tuple(link_chains(classify_adds(reach), reach))
-            yield Region(node, tuple(node.args[position + 1 :]), body, chains)
+            bodies, operands = _bodies_and_operands(node)
+            for kept in (gm.get_submodule(str(body.target)) for body in bodies):
+                assert isinstance(kept, fx.GraphModule)
+                body = fx.GraphModule(kept, copy_graph(kept.graph)[0])
+                normalize_adds(body)
+                reach = Reachability(body.graph)
+                chains = tuple(link_chains(classify_adds(reach), reach))
+                yield Region(node, operands, body, chains)
+
+
+def _bodies_and_operands(call: fx.Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    if call.target is torch.ops.higher_order.cond:
+        _, true_body, false_body, operands = call.args
+        return (true_body, false_body), tuple(operands)  # type: ignore[arg-type]
+    position = next(i for i, arg in enumerate(call.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+    return (call.args[position],), call.args[position + 1 :]
 
 
 def _is_of(chain: Chain, region: Region, stream: ResidualStream) -> bool:

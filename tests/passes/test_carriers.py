@@ -61,3 +61,13 @@ def test_a_matrix_transpose_carries_the_channels():
 
     (stream,) = search(gpt_of(channels_first)).streams
     assert stream.axes == (2, 1, 1, 1, 1)
+
+
+def test_forty_factors_in_a_row_are_followed_in_no_time():
+    def scaled(s: Layer, x: Tensor) -> Tensor:
+        for _ in range(40):
+            x = x * s.gain
+        return x + s.f(s.n1(x))
+
+    (stream,) = search(gpt_of(scaled)).streams
+    assert [len(update.carriers) for update in stream.updates] == [40, 40]

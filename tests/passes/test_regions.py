@@ -72,3 +72,33 @@ def test_a_stream_of_its_own_is_left_alone_with_a_reason():
     reasons = [add for add in report.left_alone if "a change of the gradient mode" in add.reason]
     assert len(reasons) == 4
     assert all("networks.py" in add.source_line and add.owner.startswith("frozen.layers") for add in reasons)
+
+
+class Chosen(Gpt):
+    """Runs its layers `where` only when told to: the sum is chosen, or what the layer adds."""
+
+    def __init__(self, where, in_branch=False):
+        super().__init__(depth=3)
+        self.where, self.in_branch = where, in_branch
+
+    def forward(self, ids, wanted):
+        x = self.embed(ids)
+        for number, layer in enumerate(self.layers):
+            if number not in self.where:
+                x = layer(x)
+            elif self.in_branch:
+                x = x + torch.cond(wanted, lambda x, mlp=layer.mlp: mlp(x), torch.zeros_like, (self.norm(x),))
+            else:
+                x = torch.cond(wanted, lambda x, layer=layer: layer(x), torch.clone, (x,))
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize("where", [(1,), (2,), (0, 1, 2)])
+def test_a_stream_that_is_chosen_by_cond_is_refused(where):
+    with pytest.raises(ar.StreamRegionError, match=r"the stream goes through torch.cond(.|\n)*Choose in the branch"):
+        ar.inspect(Chosen(where), (ids, torch.tensor(True)), config=CONFIG, dynamic_shapes={})
+
+
+def test_an_update_that_is_chosen_by_cond_is_an_update():
+    report = ar.inspect(Chosen((1,), in_branch=True), (ids, torch.tensor(True)), config=CONFIG, dynamic_shapes={})
+    assert report.streams[0].num_updates == 5
