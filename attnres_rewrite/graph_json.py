@@ -1,10 +1,12 @@
 """Write a captured graph as JSON and read it back, without pickle.
 
 A node is its op, its target by name, and its arguments. Names resolve to registered torch ops, to arithmetic
-of the operator module and to the few functions of this package that graphs call; nothing else can be named, so
-a file can make no other code run.
+of the operator module and to the few functions of this package that graphs call; nothing else can be named, and what
+torch.fx writes into the source of a graph as it stands must be a name, so a file can make no other code run.
 """
 
+import json
+import keyword
 import math
 import operator
 from collections.abc import Callable
@@ -73,6 +75,8 @@ def graph_from_json(data: Json) -> tuple[fx.Graph, dict[str, fx.Node]]:
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
         args, kwargs = _value_from_json(entry["args"], nodes), _value_from_json(entry["kwargs"], nodes)
+        for keyword_name in kwargs:
+            _check_name(keyword_name)
         target = _target_from_json(entry["op"], entry["target"])
         node = graph.create_node(entry["op"], target, args, kwargs, name=entry["name"])
         node.meta = _meta_from_json(entry["meta"])
@@ -110,6 +114,12 @@ def _target_to_json(node: fx.Node) -> str:
 
 
 def _target_from_json(op: str, name: str) -> Any:
+    if op not in ("placeholder", "get_attr", "call_function", "output"):
+        raise ArtifactError(f"the program holds a node of the kind {op!r}, which no capture makes")
+    if op == "placeholder":
+        _check_name(name)
+    if op == "get_attr" and not _is_printed_safely(name):
+        raise ArtifactError(f"the program names a parameter {name!r}, which is no path of attributes")
     if op != "call_function":
         return name
     prefix, _, rest = name.partition("attnres_rewrite.")
@@ -127,6 +137,18 @@ def _target_from_json(op: str, name: str) -> Any:
     if not isinstance(found, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         raise ArtifactError(f"the program calls {name!r}, which is no torch op")
     return found
+
+
+def _check_name(name: object) -> None:
+    """Raise ArtifactError unless a name is one of Python's, with the stars of *args and **kwargs at most."""
+    plain = name.removeprefix("*").removeprefix("*") if isinstance(name, str) else ""
+    if not plain.isidentifier() or keyword.iskeyword(plain):
+        raise ArtifactError(f"the program calls an argument {name!r}, which is no name")
+
+
+def _is_printed_safely(text: object) -> bool:
+    """Say whether a text between quotes in a source is that text."""
+    return isinstance(text, str) and text.isprintable() and not set(text) & set("'\"\\")
 
 
 def _value_to_json(value: Any, node: fx.Node) -> Json:
@@ -213,9 +235,13 @@ def _call_to_json(graph: fx.Graph) -> Json:
 
 
 def _call_from_json(data: Json) -> _PyTreeInfo:
+    for name in data["arguments"]:
+        _check_name(name)
     specs: list[Any] = []
     for name in ("in_spec", "out_spec"):
         try:
+            if data[name] is not None:
+                _check_spec(json.loads(data[name])[1])
             specs.append(None if data[name] is None else pytree.treespec_loads(data[name]))
         except (NotImplementedError, ValueError, KeyError) as why:
             raise ArtifactError(
@@ -223,3 +249,31 @@ def _call_from_json(data: Json) -> _PyTreeInfo:
                 "  Import the library that defines the model's output class first, e.g. transformers."
             ) from why
     return _PyTreeInfo(data["arguments"], *specs)
+
+
+def _check_spec(spec: Json) -> None:
+    """Raise ArtifactError where a pytree would import a module that it names, or a key would end a quoted text.
+
+    torch.fx writes the keys of keyword arguments into a source.
+    """
+    if spec["type"] is None:
+        return
+    context = json.loads(spec["context"]) if isinstance(spec["context"], str) else spec["context"]
+    if _imports(context):
+        raise ArtifactError(
+            "the program has a defaultdict or an enum among its inputs or outputs, which names a module"
+        )
+    if spec["type"] == "builtins.dict" and not all(map(_is_printed_safely, _texts(context))):
+        raise ArtifactError(f"the program has an input or output called {context!r}, which holds quotes")
+    for child in spec["children_spec"]:
+        _check_spec(child)
+
+
+def _imports(context: Json) -> bool:
+    if isinstance(context, dict):
+        return bool(context.keys() & {"default_factory_module", "__enum__"}) or any(map(_imports, context.values()))
+    return isinstance(context, list) and any(map(_imports, context))
+
+
+def _texts(context: Json) -> list[str]:
+    return [key for key in context if isinstance(key, str)] if isinstance(context, list) else []

@@ -165,6 +165,78 @@ def test_a_program_can_name_torch_ops_only(target, message):
         graph_from_json({"nodes": [node | {"meta": {"source": "", "modules": []}}], "call": None})
 
 
+RUN = "__import__('pathlib').Path('pwned').touch()"
+
+
+def call_of(program: dict) -> dict:
+    return program["call"]
+
+
+def node_of(program: dict, op: str) -> dict:
+    return next(node for node in program["nodes"] if node["op"] == op)
+
+
+def as_default(program: dict) -> None:
+    call_of(program)["arguments"][-1] += f"={RUN}"
+
+
+def as_placeholder(program: dict) -> None:
+    node_of(program, "placeholder")["target"] += f"={RUN}"
+
+
+def as_attribute(program: dict) -> None:
+    node_of(program, "get_attr")["target"] += f'-", {RUN}) + ("'
+
+
+def as_keyword(program: dict) -> None:
+    node_of(program, "call_function")["kwargs"] = {"dict": [[f"a={RUN}, b", 1]]}
+
+
+def as_method(program: dict) -> None:
+    node_of(program, "call_function")["op"] = "call_method"
+
+
+def as_key(program: dict) -> None:
+    spec = json.loads(call_of(program)["in_spec"])
+    spec[1]["children_spec"][1] |= {"context": json.dumps([f"a': {RUN}, 'b"])}
+    call_of(program)["in_spec"] = json.dumps(spec)
+
+
+def as_factory(program: dict) -> None:
+    context = {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}
+    spec = {"type": "collections.defaultdict", "context": json.dumps(context), "children_spec": []}
+    call_of(program)["out_spec"] = json.dumps([1, spec])
+
+
+def as_enum(program: dict) -> None:
+    context = [{"__enum__": True, "fqn": "antigravity:x", "name": "y"}]
+    spec = {"type": "builtins.dict", "context": json.dumps(context), "children_spec": []}
+    call_of(program)["out_spec"] = json.dumps([1, spec])
+
+
+@pytest.mark.parametrize(
+    "put",
+    [as_default, as_placeholder, as_attribute, as_keyword, as_method, as_key, as_factory, as_enum],
+    ids=lambda put: put.__name__,
+)
+def test_a_folder_runs_nobodys_code(saved, put, tmp_path, monkeypatch):
+    """torch.fx prints names into the source of a graph, as they stand; pytree imports what a spec names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "antigravity", None)
+    header = json.loads((saved / "attnres.json").read_text())
+    programs = json.loads((saved / "program.json").read_text())
+    for program in programs if isinstance(programs, list) else programs["programs"]:
+        for graph in program.values():
+            if isinstance(graph, dict) and "nodes" in graph:
+                put(graph)
+    (saved / "program.json").write_text(json.dumps(programs))
+    header["files"]["program.json"] = hashlib.sha256((saved / "program.json").read_bytes()).hexdigest()
+    (saved / "attnres.json").write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match=r"the program (calls an argument|names|holds a node|has a)"):
+        ar.load(saved)
+    assert not Path("pwned").exists()
+
+
 @pytest.mark.parametrize(
     "variant",
     [
