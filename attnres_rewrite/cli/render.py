@@ -230,7 +230,7 @@ def proofs(figures: "VerifyReport") -> None:
     console = _console()
     table = _table("proof", "mode", "dtype", "output error", "gradient error", "limit", "compared", "")
     for proof in figures.proofs:
-        gradient = "not run" if proof.gradient_error is None else f"{proof.gradient_error:.1e}"
+        gradient = "none" if proof.gradient_error is None else f"{proof.gradient_error:.1e}"
         compared = f"{_many(proof.num_outputs, 'output')}, {_many(proof.num_gradients, 'gradient')}"
         verdict = Text("proven", "bold green") if proof.passed else Text("FAILED", "bold red")
         table.add_row(

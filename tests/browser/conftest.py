@@ -62,6 +62,12 @@ def small_page(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def frozen_page(tmp_path_factory) -> Path:
+    """The page of a proven rewrite of a frozen model: its capture has no gradients to compare."""
+    return _written(tmp_path_factory.mktemp("frozen"), layers=4, verify=True, frozen=True)
+
+
+@pytest.fixture(scope="session")
 def large_page(tmp_path_factory) -> Path:
     """The page of a rewrite of 48 layers."""
     return _written(tmp_path_factory.mktemp("large"), layers=48, verify=False)
@@ -73,8 +79,9 @@ def learnt_page(tmp_path_factory) -> Path:
     return _written(tmp_path_factory.mktemp("learnt"), layers=4, verify=False, diagnosed=True)
 
 
-def _written(folder: Path, layers: int, verify: bool, diagnosed: bool = False) -> Path:
-    new = ar.rewrite(gpt(layers), (ids(),), config=ar.AttnResConfig(num_blocks=8), dynamic_shapes={}, verify=verify)
+def _written(folder: Path, layers: int, verify: bool, diagnosed: bool = False, frozen: bool = False) -> Path:
+    model = gpt(layers).requires_grad_(not frozen)
+    new = ar.rewrite(model, (ids(),), config=ar.AttnResConfig(num_blocks=8), dynamic_shapes={}, verify=verify)
     path = folder / "report.html"
     found = ar.diagnose(new.eval(), [ids()]) if diagnosed else None
     path.write_text(ar.html_report(new, diagnosis=found), encoding="utf-8")
