@@ -124,6 +124,14 @@ void put_narrow(const Narrow<Kind>& value, Kind* to, int64_t left) {
   }
 }
 
+// channels d ... of a token, into its row of a tensor whose next row is the next token's: that is asked for meanwhile, as
+// what is written has to come first
+void put_row(const Pair& value, Scalar* row, int64_t d, int64_t width) {
+  put_narrow(narrow<Scalar>(value), row + d, width - d);
+  __builtin_prefetch(row + width + d, 1);
+  if constexpr (sizeof(Scalar) == 4) __builtin_prefetch(row + width + d + LANES, 1);
+}
+
 // the channels of one token in one tensor
 template <typename Kind>
 struct Row {
@@ -345,7 +353,7 @@ ATTNRES_KERNEL mix(const Mix& args, int num_threads) {
           [&](int64_t n, int64_t d) { return rows[n].first(d); }, N, weights.data(), 0, probes.padded, Q,
           [](int64_t, int64_t) { return Pair{Vec(0.0f), Vec(0.0f)}; },
           [&](int64_t q, int64_t d, const Pair& mixed) {
-            put_narrow(narrow<Scalar>(mixed), static_cast<Scalar*>(args.outs[q]) + t * D + d, D - d);
+            put_row(mixed, static_cast<Scalar*>(args.outs[q]) + t * D, d, D);
           });
     }
   }
@@ -412,7 +420,7 @@ ATTNRES_KERNEL mix_backward(const MixBackward& args, int num_threads) {
               [&](int64_t i, int64_t d) { return pair_at(parts[i] + d); }, 2 * Q, factors.data(), from, to, N,
               [&](int64_t n, int64_t d) { return Vec(slopes[n]) * rows[n].again(d); },
               [&](int64_t n, int64_t d, const Pair& grad) {
-                put_narrow(narrow<Scalar>(grad), static_cast<Scalar*>(args.dsources[n]) + t * D + d, D - d);
+                put_row(grad, static_cast<Scalar*>(args.dsources[n]) + t * D, d, D);
               });
           combine(
               [&](int64_t n, int64_t d) { return rows[n].again(d); }, N, z.data(), from, to, Q,
@@ -479,10 +487,10 @@ ATTNRES_KERNEL merge(const Merge& args, int num_threads) {
       sum_up<2>(tile.padded, found, [&](int64_t d, Pair* sums) {
         Pair here = partial.first(d);
         if (args.update_kind >= 0) {
-          const auto sum = narrow<Scalar>(here + update.first(d));
-          put_narrow(sum, total + d, D - d);
+          const Pair sum = here + update.first(d);
+          put_row(sum, total, d, D);
           // the merge takes the sum as later reads will find it
-          here = widen<Scalar>(sum);
+          here = widen<Scalar>(narrow<Scalar>(sum));
         }
         put(here, p + d);
         sums[0] = fmadd(here, here, sums[0]);
@@ -496,7 +504,7 @@ ATTNRES_KERNEL merge(const Merge& args, int num_threads) {
         return fmadd(rest, inter_out.first(d), share * pair_at(p + d));
       };
       if (args.norm == NONE) {
-        for (int64_t d = 0; d < tile.padded; d += PAIR) put_narrow(narrow<Scalar>(mix_at(d)), out + d, D - d);
+        for (int64_t d = 0; d < tile.padded; d += PAIR) put_row(mix_at(d), out, d, D);
       }
       if (args.norm == RMS) {
         sum_up<1>(tile.padded, &square, [&](int64_t d, Pair* sums) {
@@ -514,15 +522,15 @@ ATTNRES_KERNEL merge(const Merge& args, int num_threads) {
         mean /= D;
         sum_up<1>(tile.padded, &square, [&](int64_t d, Pair* sums) {
           const Pair here = pair_at(mixed + d) - Vec(mean) * pair_at(ones + d);
-          put(here, mixed + d);
           sums[0] = fmadd(here, here, sums[0]);
         });
       }
       if (args.norm != NONE) {
         norm_rstd = 1.0 / std::sqrt(double(square) / D + args.norm_eps);
         for (int64_t d = 0; d < tile.padded; d += PAIR) {
-          const Pair here = fmadd(Vec(norm_rstd) * pair_at(mixed + d), pair_at(weight + d), pair_at(bias + d));
-          put_narrow(narrow<Scalar>(here), out + d, D - d);
+          const Pair centred = pair_at(mixed + d) - Pair{Vec(mean), Vec(mean)};
+          const Pair here = fmadd(Vec(norm_rstd) * centred, pair_at(weight + d), pair_at(bias + d));
+          put_row(here, out, d, D);
         }
       }
       float* stats = args.stats + 4 * t;
@@ -598,11 +606,11 @@ ATTNRES_KERNEL merge_backward(const MergeBackward& args, int num_threads) {
         Scalar *dinter = static_cast<Scalar*>(args.dinter) + t * D, *dtotal = static_cast<Scalar*>(args.dtotal) + t * D;
         for (int64_t d = 0; d < tile.padded; d += PAIR) {
           const Pair here = partial.again(d), grad = pair_at(g + d);
-          put_narrow(narrow<Scalar>(rest * grad), dinter + d, D - d);
+          put_row(rest * grad, dinter, d, D);
           put(fmadd(scaled, here, pair_at(dprobe + d)), dprobe + d);
           Pair found = share * grad + scaled * (pair_at(probe + d) - bend * here);
           if (args.has_grad_total) found = found + grad_total.first(d);
-          put_narrow(narrow<Scalar>(found), dtotal + d, D - d);
+          put_row(found, dtotal, d, D);
         }
       }
       for (int64_t k = 0; k < num_vectors; k++) sums.store(k, args.parts + (chunk * num_vectors + k) * D);
