@@ -63,12 +63,15 @@ class Pipeline:
         if self.has_loss:
             with ending_together():
                 self._check_unreduced("step() comes after reduce_tied_gradients()")
+        return self._run(self._step_of_schedule, args, target, losses, kwargs)
+
+    def _step_of_schedule(self, *args: Any, **options: Any) -> Any:
         if self.has_loss and self.schedule.scale_grads:
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     # at the end of the step torch divides all that is there, not only what the step has added
                     parameter.grad.mul_(self.n_microbatches)
-        return self._run(self.schedule.step, args, target, losses, kwargs)
+        return self.schedule.step(*args, **options)
 
     @torch.no_grad()
     def evaluate(
@@ -79,11 +82,12 @@ class Pipeline:
         The stages are those of the mode that the model was in when it was partitioned: dropout stays as it is there.
         What the steps draw does not change by it.
         """
+        steps = [stage.step for stage in self.stages]
         try:
             return self._run(self.schedule.eval, args, target, losses, kwargs)
         finally:
-            for stage in self.stages:
-                stage.step -= 1
+            for stage, step in zip(self.stages, steps, strict=True):
+                stage.step = step
 
     def _run(
         self,
@@ -170,7 +174,7 @@ class Pipeline:
 
         Args:
             optimizer: Of these parameters: its state is in the dict as well, as "optimizer.NAME.KEY". Before its first
-                step that state is made, so that a checkpoint can be loaded into it.
+                step that state is made for the dict alone, so that a checkpoint can be loaded into it.
         """
         found: dict[str, Tensor] = {}
         for stage in self.stages:
@@ -178,10 +182,14 @@ class Pipeline:
                 own = model_name(name)
                 found |= {each: value for each in (own, *self.aliases.get(own, ()))}
         if optimizer is not None:
+            is_new = not optimizer.state
             _make_state(optimizer)
             for name, parameter in self.named_parameters():
                 state = optimizer.state.get(parameter, {})
                 found |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+            if is_new:
+                # what some optimizers begin with is not what a step without gradients leaves
+                optimizer.state.clear()
         return found
 
     def load_state_dict(self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -193,18 +201,26 @@ class Pipeline:
 
         Raises:
             KeyError: The state dict lacks something that a stage of this rank, or the optimizer, has.
+            ValueError: Something has another shape there; nothing is loaded then.
         """
         with torch.no_grad():
-            for stage in self.stages:
-                for name, value in stage.submod.state_dict().items():
-                    value.copy_(_placed_as(value, state[model_name(name)]))
+            own = [
+                (model_name(name), value) for stage in self.stages for name, value in stage.submod.state_dict().items()
+            ]
+            states: list[tuple[str, dict[str, Any]]] = []
             if optimizer is not None:
                 _make_state(optimizer)
-                for name, parameter in self.named_parameters():
-                    own = optimizer.state.get(parameter, {})
-                    for key, value in own.items():
-                        saved = state[f"optimizer.{name}.{key}"]
-                        own[key] = value.copy_(_placed_as(value, saved)) if isinstance(value, Tensor) else saved
+                states = [(name, optimizer.state.get(value, {})) for name, value in self.named_parameters()]
+                own += [(f"optimizer.{name}.{key}", value) for name, kept in states for key, value in kept.items()]
+            for name, value in own:
+                _refuse_another_shape(name, value, state[name])
+            for name, value in own:
+                if isinstance(value, Tensor):
+                    value.copy_(_placed_as(value, state[name]))
+            for name, kept in states:
+                for key, value in kept.items():
+                    if not isinstance(value, Tensor):
+                        kept[key] = state[f"optimizer.{name}.{key}"]
 
     def reduce_tied_gradients(self) -> None:
         """Add up the gradients of every tied parameter; afterwards all its copies have the sum.
@@ -260,6 +276,12 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].zero_()
+
+
+def _refuse_another_shape(name: str, own: Any, saved: Any) -> None:
+    """Refuse what copy_ would broadcast without a word."""
+    if isinstance(own, Tensor) and own.shape != saved.shape:
+        raise ValueError(f"{name} is {list(saved.shape)} in the state dict, and {list(own.shape)} here")
 
 
 def _placed_as(value: Tensor, saved: Tensor) -> Tensor:

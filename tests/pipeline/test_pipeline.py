@@ -183,6 +183,44 @@ def test_bad_inputs(masked, case):
         masked.step(*args, **({"target": target} | kwargs))
 
 
+# Once wrong: a step that was refused had scaled them by the number of microbatches
+def test_a_refused_step_leaves_the_gradients():
+    pipeline = built(rewritten(Gpt(depth=2)))
+    pipeline.step(batch, target=target)
+    before = [parameter.grad.clone() for parameter in pipeline.parameters()]
+    with pytest.raises(ValueError, match="3 microbatches"):
+        pipeline.step(batch[:4], target=target)
+    torch.testing.assert_close([parameter.grad for parameter in pipeline.parameters()], before, rtol=0, atol=0)
+
+
+# Once wrong: the next step drew what the step before it had drawn
+def test_a_refused_evaluation_changes_no_draw_of_a_step():
+    new = rewritten(Gpt(depth=2, dropout=0.5).train())
+    outs = []
+    for refused in (False, True):
+        pipeline = built(copy.deepcopy(new))
+        first = pipeline.step(batch, target=target)
+        if refused:
+            with pytest.raises(ValueError, match="3 microbatches"):
+                pipeline.evaluate(batch[:4], target=target)
+        outs.append([first, pipeline.step(batch, target=target)])
+    torch.testing.assert_close(outs[0], outs[1])
+
+
+# Once wrong: broadcast
+@pytest.mark.parametrize("part", ["", "optimizer."])
+def test_a_checkpoint_of_another_shape_is_refused_whole(part):
+    pipeline = built(rewritten(Gpt(depth=2)))
+    optimizer = torch.optim.Adam(pipeline.parameters())
+    train(pipeline, optimizer)
+    before = {name: value.clone() for name, value in pipeline.state_dict(optimizer).items()}
+    name = "optimizer.norm.weight.exp_avg" if part else "norm.weight"
+    wrong = {key: value + 1 for key, value in before.items()} | {name: torch.ones(1)}
+    with pytest.raises(ValueError, match=rf"{name} is \[1\] in the state dict, and \[16\] here"):
+        pipeline.load_state_dict(wrong, optimizer)
+    torch.testing.assert_close(pipeline.state_dict(optimizer), before, rtol=0, atol=0)
+
+
 # Once wrong: a checkpoint was loaded into one of the copies on this rank
 def test_a_checkpoint_reaches_every_copy_of_a_tied_parameter():
     new = rewritten(Gpt(depth=2))
@@ -207,12 +245,13 @@ def train(pipeline: ar.Pipeline, optimizer: torch.optim.Optimizer) -> None:
 
 
 # Once wrong: the state was that after a first step, with decay in its moments; gradients that waited for one were lost
-def test_asking_for_the_state_of_an_optimizer_changes_nothing():
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.ASGD])
+def test_asking_for_the_state_of_an_optimizer_changes_nothing(kind):
     new = rewritten(Gpt(depth=2))
     ends = []
     for asks in (False, True):
         pipeline = built(copy.deepcopy(new))
-        optimizer = torch.optim.Adam(pipeline.parameters(), lr=0.1, weight_decay=0.1)
+        optimizer = kind(pipeline.parameters(), lr=0.1, weight_decay=0.1)
         pipeline.step(batch, target=target)
         if asks:
             pipeline.state_dict(optimizer)
