@@ -37,6 +37,8 @@ from attnres_rewrite.whole_folder import whole_folder
 
 FORMAT, FORMAT_VERSION = "attnres-rewrite", 1
 HEADER = "attnres.json"
+MODES = {"eval": False, "train": True}
+FILES = {"program.json", "weights.safetensors", "inputs.safetensors", "report.json"}
 
 
 def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -105,7 +107,7 @@ def _write(new: RewrittenModule, draft: Path) -> None:
     inputs = {str(index): leaf.detach().contiguous() for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     safetensors.torch.save_file({name: value.clone() for name, value in inputs.items()}, draft / "inputs.safetensors")
     facts = {
-        "modes": {_mode_name(mode): order.index(id(program)) for mode, program in new.programs.items()},
+        "modes": {name: order.index(id(new.programs[mode])) for name, mode in MODES.items() if mode in new.programs},
         "programs": [program_to_json(program) for program in programs.values()],
         "bodies": {name: graph_to_json(body.graph) for name, body in _bodies_of(new)},
         "tensors": table,
@@ -144,10 +146,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _mode_name(mode: bool) -> str:
-    return "train" if mode else "eval"
-
-
 def _bodies_of(new: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
     """Yield the bodies of higher-order ops, inner ones last."""
     for name, module in new.named_modules(remove_duplicate=False):
@@ -168,7 +166,7 @@ def load(folder: str | os.PathLike[str]) -> RewrittenModule:
     header = _checked_header(path)
     try:
         return _build(path, header)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as why:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, SafetensorError) as why:
         raise ArtifactError(
             explain(
                 "the saved rewrite cannot be read",
@@ -182,7 +180,7 @@ def load(folder: str | os.PathLike[str]) -> RewrittenModule:
 def _checked_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads((path / HEADER).read_text())
-    except (OSError, ValueError) as why:
+    except (OSError, ValueError, RecursionError) as why:
         raise ArtifactError(
             explain("not a saved rewrite", str(path), f"{HEADER}: {why}", "Save one with attnres_rewrite.save.")
         ) from why
@@ -197,8 +195,15 @@ def _checked_header(path: Path) -> dict[str, Any]:
                 "Use the release that wrote it, or rewrite the model again.",
             )
         )
-    for name, digest in header.get("files", {}).items():
-        file = path / Path(name).name
+    digests = header.get("files")
+    if not isinstance(digests, dict) or digests.keys() != FILES:
+        raise ArtifactError(
+            explain(
+                f"{HEADER} does not have the checksums of {', '.join(sorted(FILES))}", str(path), "", "Save it again."
+            )
+        )
+    for name, digest in digests.items():
+        file = path / name
         if not file.is_file() or _sha256(file) != digest:
             state = "is damaged or was changed" if file.is_file() else "is missing"
             raise ArtifactError(explain(f"{name} {state}", str(path), "", "Copy the folder again, or save it again."))
@@ -215,7 +220,9 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     for program in programs:
         for graph in (program.graph, program.original):
             graph.owning_module = None
-    modes = {name == "train": programs[index] for name, index in facts["modes"].items()}
+    modes = {MODES[name]: dict(enumerate(programs))[index] for name, index in facts["modes"].items()}
+    if header["training"] not in modes:
+        raise ValueError(f"the model was saved with training {header['training']}, and has no program for that")
     report: RewriteReport = report_from_dict(json.loads((path / "report.json").read_text()))
     inputs = safetensors.torch.load_file(path / "inputs.safetensors")
     leaves = [inputs.get(str(index), _number_from_json(value)) for index, value in enumerate(facts["inputs"])]

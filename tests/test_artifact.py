@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,43 @@ def test_a_foreign_header_is_refused(saved, content, message):
         ar.load(saved)
 
 
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+
+
+def sign(saved: Path) -> None:
+    """Write the checksums of what is there, as somebody who edits a folder can."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in saved.iterdir()}
+    del digests["attnres.json"]
+    edit(saved / "attnres.json", lambda header: header.update(files=digests))
+
+
+@pytest.mark.parametrize("files", [None, [], {}, {"program.json": ""}, {"../program.json": ""}])
+def test_checksums_cannot_be_left_out(saved, files):
+    edit(saved / "attnres.json", lambda header: header.update(files=files))
+    with pytest.raises(ar.ArtifactError, match=r"checksums of inputs\.safetensors, program\.json"):
+        ar.load(saved)
+
+
+@pytest.mark.parametrize("modes", [{}, {"train": -1}, {"train": 7}, {"both": 0}, {"train": 1}, [0]])
+def test_modes_that_no_program_has_are_refused(saved, modes):
+    edit(saved / "program.json", lambda facts: facts.update(modes=modes))
+    sign(saved)
+    with pytest.raises(ar.ArtifactError, match="cannot be read"):
+        ar.load(saved)
+
+
+@pytest.mark.parametrize("name", ["attnres.json", "program.json", "report.json"])
+def test_json_that_is_nested_too_deep_is_refused(saved, name):
+    (saved / name).write_text("[" * 100_000)
+    if name != "attnres.json":
+        sign(saved)
+    with pytest.raises(ar.ArtifactError, match="cannot be read|not a saved rewrite"):
+        ar.load(saved)
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ar.ArtifactError, match="not a saved rewrite"):
         ar.load(tmp_path / "nothing")
@@ -223,15 +261,14 @@ def test_a_folder_runs_nobodys_code(saved, put, tmp_path, monkeypatch):
     """torch.fx prints names into the source of a graph, as they stand; pytree imports what a spec names."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "antigravity", None)
-    header = json.loads((saved / "attnres.json").read_text())
-    programs = json.loads((saved / "program.json").read_text())
-    for program in programs if isinstance(programs, list) else programs["programs"]:
-        for graph in program.values():
-            if isinstance(graph, dict) and "nodes" in graph:
-                put(graph)
-    (saved / "program.json").write_text(json.dumps(programs))
-    header["files"]["program.json"] = hashlib.sha256((saved / "program.json").read_bytes()).hexdigest()
-    (saved / "attnres.json").write_text(json.dumps(header))
+
+    def put_everywhere(facts: dict) -> None:
+        for program in facts["programs"]:
+            put(program["graph"])
+            put(program["original"])
+
+    edit(saved / "program.json", put_everywhere)
+    sign(saved)
     with pytest.raises(ArtifactError, match=r"the program (calls an argument|names|holds a node|has a)"):
         ar.load(saved)
     assert not Path("pwned").exists()
