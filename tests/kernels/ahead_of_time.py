@@ -2,11 +2,13 @@
 
     python -m tests.kernels.ahead_of_time [--arch 80,90,100] [--width 768,...] [--operation read] [--jobs 2]
                                           [--table docs/kernels.md] [--from RESULT.jsonl] [--forms all]
+                                          [--many 64,256]
 
 The operations run on CPU tensors with a driver that names another target, and each launch compiles instead of running:
 what is measured is the very configuration that is shipped. One JSON line for each kernel; --table writes them as a
 page, --from reads lines printed before instead of compiling. --forms compiles, in place of these, every operation on
-rows of each form that the library takes, and prints a line for each. TRITON_INTERPRET must not be set.
+rows of each form that the library takes, and prints a line for each; --many phase 1 of many sources, with the shared
+memory that each kernel takes. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -109,8 +111,12 @@ def run_read(width: int, num_sources: int) -> None:
 
 
 def run_inter_block(width: int, num_sources: int) -> None:
-    queries, gains = _parameters(NUM_QUERIES, width), _parameters(NUM_QUERIES, width)
-    outs, lses = inter_block_op.inter_block_by_kernel(_rows(num_sources, width), queries, gains, 1e-6)
+    _mix(_rows(num_sources, width), NUM_QUERIES)
+
+
+def _mix(sources: list[Tensor], num_queries: int) -> None:
+    queries, gains = (_parameters(num_queries, sources[0].shape[-1]) for _ in range(2))
+    outs, lses = inter_block_op.inter_block_by_kernel(sources, queries, gains, 1e-6)
     torch.autograd.backward([*outs, *lses], [torch.empty_like(value) for value in (*outs, *lses)])
 
 
@@ -191,6 +197,16 @@ def compile_forms(arch: int, wanted: str) -> None:
         print(json.dumps({"form": form, "kernels": kernels}), flush=True)
 
 
+def compile_many(arch: int, counts: list[int]) -> None:
+    """Compile phase 1 for so many sources, each with as many queries, and print the shared memory of each kernel."""
+    for count in counts:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            sources = [torch.empty(NUM_TOKENS, 1024, dtype=dtype, requires_grad=True) for _ in range(count)]
+            for kernel in compiled_for(arch, lambda sources=sources: _mix(sources, len(sources))):
+                row = {"kernel": kernel.metadata.name, "dtype": str(dtype), "num_sources": count}
+                print(json.dumps(row | {"shared_bytes": kernel.metadata.shared}), flush=True)
+
+
 def _measured(kernel: Any, operation: str, arch: int, width: int, num_sources: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -239,10 +255,14 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--from", type=Path, dest="lines")
     parser.add_argument("--forms", help="the name of one, or all")
+    parser.add_argument("--many", type=numbers, help="numbers of sources")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.forms:
         compile_forms(options.arch[0], options.forms)
+        return
+    if options.many:
+        compile_many(options.arch[0], options.many)
         return
     rows: list[dict[str, Any]] = []
     if options.lines:

@@ -23,6 +23,9 @@ KERNELS = {
     "merge_forward_kernel",
     "merge_backward_kernel",
 }
+PHASE_1 = {"logit_kernel", "mix_kernel", "scalars_kernel", "rows_kernel"}
+# what a block has on GPUs with the least of it: sm_86, sm_89 and sm_120
+LEAST_SHARED_BYTES = 99 * 1024
 STORES_SCALARS = {"logit_kernel", "scalars_kernel"}
 
 
@@ -55,6 +58,14 @@ def test_rows_of_every_form_compile(form):
     found = compiled("--arch", "90", "--forms", form)
     assert len(found) == (7 if form == "all" else 1)
     assert all(set(each["kernels"]) == KERNELS for each in found)
+
+
+# Once 112 to 160 KiB, which only GPUs of data centres have
+@pytest.mark.parametrize("count", ["33", pytest.param("32,65,129,256", marks=pytest.mark.slow)])
+def test_many_sources_fit_into_shared_memory(count):
+    kernels = compiled("--arch", "89", "--many", count)
+    assert {kernel["kernel"] for kernel in kernels} == PHASE_1
+    assert max(kernel["shared_bytes"] for kernel in kernels) <= LEAST_SHARED_BYTES
 
 
 @pytest.mark.slow

@@ -22,8 +22,9 @@ from attnres_rewrite.kernels.inter_block import cpu, reference
 from attnres_rewrite.kernels.probes import probe_of
 from attnres_rewrite.kernels.routes import is_for_cpp, runs_kernel
 
-# of one launch: more would not fit into the registers, and cost one more reading of the sources
-MAX_QUERIES = 64
+# of one launch: more would not fit into the registers, nor, of many sources, into the 99 KiB of shared memory that a
+# block has on smaller GPUs; every other launch reads the sources once more
+MAX_QUERIES, MANY_SOURCES = 64, 128
 
 
 @fx.wrap
@@ -53,8 +54,9 @@ def inter_block_by_kernel(
     probes = [probe_of(query, gain) for query, gain in zip(queries, gains, strict=True)]
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for first in range(0, len(probes), MAX_QUERIES):
-        group, own = torch.stack(probes[first : first + MAX_QUERIES]), scales[first : first + MAX_QUERIES]
+    at_once = MAX_QUERIES if len(sources) <= MANY_SOURCES else MAX_QUERIES // 2
+    for first in range(0, len(probes), at_once):
+        group, own = torch.stack(probes[first : first + at_once]), scales[first : first + at_once]
         if len(sources) == 1:
             mixes = [sources[0] if factor == 1.0 else sources[0] * factor for factor in own]
             lse, _, _ = torch.ops.attnres.inter_block_of_one(sources[0], group, eps)

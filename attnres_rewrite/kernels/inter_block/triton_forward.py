@@ -130,7 +130,7 @@ def channels(dtype: torch.dtype, num_bytes: int, largest: int) -> int:
 
 def resources(largest: int) -> dict[str, int]:
     """Choose warps and stages by the largest dimension of a product: many sources fill registers and shared memory."""
-    return {"num_warps": max(4, min(16, largest // 8)), "num_stages": 3 if largest <= 64 else 1}
+    return {"num_warps": max(4, min(16, largest // 8)), "num_stages": 3 if largest <= 32 else 1}
 
 
 @on_their_device
