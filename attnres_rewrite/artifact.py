@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from attnres_rewrite.config import config_from
-from attnres_rewrite.errors import ArtifactError, explain
+from attnres_rewrite.errors import ArtifactError, explain, saying_what_cannot_be_written
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.model_caches import register_dynamic_cache
@@ -60,13 +60,8 @@ def save(new: RewrittenModule, folder: str | os.PathLike[str], *, force: bool = 
     target = Path(folder).absolute()
     _refuse_meta(new)
     _refuse_to_overwrite(target, force)
-    try:
-        with whole_folder(target) as draft:
-            _write(new, draft)
-    except OSError as why:
-        raise ArtifactError(
-            explain("the folder cannot be written", str(target), f"{why}", "Name another one.")
-        ) from why
+    with saying_what_cannot_be_written("the folder", target), whole_folder(target) as draft:
+        _write(new, draft)
     return target
 
 

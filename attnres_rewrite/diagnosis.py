@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
-from attnres_rewrite.errors import ArtifactError, explain
+from attnres_rewrite.errors import ArtifactError, explain, saying_what_cannot_be_written
 from attnres_rewrite.sublayers import SublayerKind
 
 FORMAT, FORMAT_VERSION = "attnres-diagnosis", 2
@@ -130,12 +130,14 @@ class Diagnosis:
         """Write a JSON file; one that is there is replaced with `force` only.
 
         Raises:
-            ArtifactError: The file exists.
+            ArtifactError: The file exists, or cannot be written.
         """
         target = Path(path)
         if target.exists() and not force:
             raise ArtifactError(explain("the file exists", str(target), "", "Give another name, or force=True."))
-        target.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        with saying_what_cannot_be_written("the file", target):
+            target.write_text(text)
         return target
 
     @classmethod

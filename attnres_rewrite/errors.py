@@ -19,13 +19,15 @@
       CheckpointError             the values given are those of another model
       MissingPackageError         an optional package is not installed
       ModelSpecError              a MODEL argument of the command line gives no model
-      ArtifactError               a saved folder is damaged, foreign, or would be overwritten
+      ArtifactError               a saved folder is damaged, foreign, or would be overwritten; a file cannot be written
 
 Wrong arguments are a plain ValueError or TypeError. PipelineFailedError, a RuntimeError, ends a step on every other
 rank when one rank of a pipeline failed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class RewriteError(Exception):
@@ -105,7 +107,7 @@ class ModelSpecError(RewriteError):
 
 
 class ArtifactError(RewriteError):
-    """A saved rewrite cannot be read, or cannot be written where asked."""
+    """What was saved cannot be read, or cannot be written where asked."""
 
 
 class PipelineFailedError(RuntimeError):
@@ -117,3 +119,12 @@ def explain(what: str, where: str | None = None, why: str = "", remedy: str = ""
     first = f"{what}, at {where}" if where else what
     rest: Sequence[str] = [line for line in (why, remedy) if line]
     return "\n  ".join([first, *rest])
+
+
+@contextmanager
+def saying_what_cannot_be_written(what: str, target: Path) -> Generator[None]:
+    """Turn what the system says of a file or folder that cannot be written into an ArtifactError."""
+    try:
+        yield
+    except OSError as why:
+        raise ArtifactError(explain(f"{what} cannot be written", str(target), str(why), "Name another one.")) from why

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnres_rewrite.diagnosis import Diagnosis, ReadDiagnosis, StreamDiagnosis
-from attnres_rewrite.errors import ArtifactError, MissingPackageError, explain
+from attnres_rewrite.errors import ArtifactError, MissingPackageError, explain, saying_what_cannot_be_written
 from attnres_rewrite.plot_style import BAND, BLUE, GREEN, GREY, ON_A_PAGE, STYLE, VERMILION, follow_scheme
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def save_plots(
 
     Raises:
         MissingPackageError: matplotlib is not installed.
-        ArtifactError: A file exists, and `force` is not given; nothing is written then.
+        ArtifactError: A file exists, and `force` is not given, when nothing is written; or one cannot be written.
         ValueError: A format is unknown, or the diagnosis has no figures.
     """
     from_formats = tuple(formats)
@@ -289,9 +289,10 @@ def save_plots(
     targets = _targets(diagnosis, folder, from_formats)
     if there := [str(path) for path in targets if path.exists() and not force]:
         raise ArtifactError(explain("a plot exists", there[0], "", "Give another folder, or force=True."))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for path, (plot, stream, ending) in targets.items():
-        _save(PLOTS[plot](diagnosis, stream), path, ending)
+    with saying_what_cannot_be_written("the folder", Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path, (plot, stream, ending) in targets.items():
+            _save(PLOTS[plot](diagnosis, stream), path, ending)
     return tuple(targets)
 
 

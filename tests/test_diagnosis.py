@@ -40,6 +40,11 @@ def test_a_file_is_replaced_when_asked(tmp_path):
     assert Diagnosis.load(other.save(path, force=True)) == other
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"the file cannot be written, at .*nowhere"):
+        DIAGNOSIS.save(tmp_path / "nowhere" / "one.json")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

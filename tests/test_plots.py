@@ -88,6 +88,12 @@ def test_files(tmp_path):
     assert {path: path.read_bytes() for path in made} == before
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"the folder cannot be written, at .*file"):
+        plots.save_plots(diagnosis(4, 2), tmp_path / "file")
+
+
 def test_what_exists_is_lined_off_from_the_blank():
     (steps,) = [
         patch for patch in plots.depth_attention(diagnosis(6, 3)).axes[0].patches if isinstance(patch, StepPatch)
