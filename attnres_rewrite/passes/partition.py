@@ -29,7 +29,7 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import num_bytes_of, op_name, place_of, tensor_of
+from attnres_rewrite.fxgraph import can_learn, num_bytes_of, op_name, place_of, tensor_of
 from attnres_rewrite.inputs import check_inputs
 from attnres_rewrite.passes.carriers import CASTS, VIEWS
 from attnres_rewrite.passes.shared_memory import Memory, share_memory
@@ -296,10 +296,10 @@ def _trainable(stages: _Stages) -> set[fx.Node]:
         for node in stages.nodes:
             parameter = _parameter(stages.root, node)
             value = tensor_of(node)
-            floats = value is None or value.dtype.is_floating_point
+            learns = value is None or can_learn(value)
             sources = (*node.all_input_nodes, *stages.memory.writers_of(node))
             if (parameter is not None and parameter.requires_grad) or (
-                floats and any(entry in found for entry in sources)
+                learns and any(entry in found for entry in sources)
             ):
                 found.add(node)
         if len(found) == before:

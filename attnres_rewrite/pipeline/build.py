@@ -11,7 +11,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.fx.node import map_aggregate
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import shape_of, tensor_of
+from attnres_rewrite.fxgraph import can_learn, shape_of, tensor_of
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.pipeline import Pipeline, TiedParameter, model_name
 from attnres_rewrite.pipeline.plan import PipelinePlan
@@ -157,9 +157,9 @@ def _refuse_other_plans(own: tuple[Any, ...], plan: PipelinePlan, group: dist.Pr
 
 
 def with_all_gradients(plan: PipelinePlan) -> PipelinePlan:
-    """Send a gradient for every floating-point value, also for those of frozen parameters: see StageModule."""
-    floats = {name for name, example in value_examples(plan).items() if example.is_floating_point()}
-    values = tuple(replace(value, has_gradient=value.name in floats) for value in plan.values)
+    """Send a gradient for every value that can have one, also for those of frozen parameters: see StageModule."""
+    learning = {name for name, example in value_examples(plan).items() if can_learn(example)}
+    values = tuple(replace(value, has_gradient=value.name in learning) for value in plan.values)
     ranks = [routes.rank for routes in plan.routes]
     return replace(plan, values=values, routes=plan_routes(values, ranks, plan.mode))
 
@@ -199,7 +199,7 @@ def _inputs(graph: StageGraph) -> dict[str, Tensor]:
 
 def _outputs(graph: StageGraph) -> tuple[Tensor, ...]:
     found = _returned(graph.module)
-    return tuple(_meta(node, (value := tensor_of(node)) is not None and value.is_floating_point()) for node in found)
+    return tuple(_meta(node, (value := tensor_of(node)) is not None and can_learn(value)) for node in found)
 
 
 def _with_own_parameters(graphs: list[StageGraph]) -> list[StageGraph]:
