@@ -51,7 +51,8 @@ def build_pipeline(
     Raises:
         ValueError: The schedule does not fit the plan, the microbatches or the version of torch, the group has another
             number of processes, or the model has no weights.
-        PartitionError: The model returns something that is not a tensor, or another rank builds something else.
+        PartitionError: The model returns something that is not a tensor, a later stage takes an input with the name of
+            an argument of `Pipeline.step`, or another rank builds something else.
     """
     facts = _checked(plan, schedule, n_microbatches, loss_fn, group)
     outputs = _outputs(plan.stages[-1])
@@ -119,6 +120,7 @@ def _checked(
             f"{schedule} needs torch {SPLITS_SINCE} or newer, and this is {torch.__version__}: "
             "older ones give wrong gradients where they split a backward. 1F1B and Interleaved1F1B run on every version"
         )
+    _refuse_names_of_step(plan)
     if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
         raise ValueError("the model is on the meta device: give it its weights, and partition it then")
     if n_microbatches < 1:
@@ -137,6 +139,25 @@ def _checked(
         group,
     )
     return facts
+
+
+# what step() and the schedules of torch call their own
+_NAMES_OF_STEP = ("target", "losses", "return_outputs")
+
+
+def _refuse_names_of_step(plan: PipelinePlan) -> None:
+    """Refuse inputs that a later stage takes by name, when step() has an argument of that name."""
+    for number, stage in enumerate(plan.stages):
+        taken = [name for name in by_position(stage.inputs) if name in _NAMES_OF_STEP]
+        if number and taken:
+            raise PartitionError(
+                explain(
+                    f"stage {number} takes an input that is called {taken[0]}",
+                    None,
+                    f"Later stages get their inputs by name, and step({taken[0]}=...) is something else.",
+                    "Call the input otherwise in the model's forward; labels, for example.",
+                )
+            )
 
 
 def _refuse_other_plans(own: tuple[Any, ...], plan: PipelinePlan, group: dist.ProcessGroup | None) -> None:
