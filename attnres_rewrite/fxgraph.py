@@ -85,6 +85,11 @@ def is_floating(node: object) -> bool:
     return value is not None and value.dtype.is_floating_point
 
 
+def can_learn(value: torch.Tensor) -> bool:
+    """Say whether a tensor of this dtype can have a gradient."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def has_one_element(node: object) -> bool:
     """Say whether `node` is a tensor of exactly one element, whatever its rank."""
     shape = shape_of(node)

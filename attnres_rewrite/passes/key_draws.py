@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from attnres_rewrite.errors import PartitionError, explain
 from attnres_rewrite.fxgraph import argument, op_name, place_of, tensor_of
@@ -21,6 +21,7 @@ from attnres_rewrite.keyed_random import (
     keyed_dropout,
     keyed_uniform,
 )
+from attnres_rewrite.passes.bodies import draw_inside
 from attnres_rewrite.passes.carriers import DROPOUTS
 
 KEY = "attnres_draw_key"
@@ -28,12 +29,19 @@ KEY = "attnres_draw_key"
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
-def key_draws(graph: fx.Graph) -> int:
+def key_draws(graph: fx.Graph, root: nn.Module) -> int:
     """Replace the draws of a graph, in place; return how many there are. The input is added only if there is one.
 
+    Args:
+        graph: What is changed.
+        root: What holds the bodies of its calls.
+
     Raises:
-        PartitionError: An op draws in a way that has no keyed form.
+        PartitionError: An op draws in a way that has no keyed form, or under no_grad, autocast or torch.cond.
     """
+    for node in graph.nodes:
+        if (inside := draw_inside(node, root, is_draw)) is not None:
+            raise PartitionError(_inside_a_body(node, inside))
     draws = [node for node in graph.nodes if is_draw(node)]
     if not draws:
         return 0
@@ -60,6 +68,15 @@ def is_draw(node: fx.Node) -> bool:
     if op_name(node) == "scaled_dot_product_attention":
         return bool(argument(node, 4, "dropout_p", 0.0))
     return True
+
+
+def _inside_a_body(call: fx.Node, draw: fx.Node) -> str:
+    return explain(
+        f"{op_name(draw)} draws random numbers inside {op_name(call)}",
+        place_of(draw),
+        "The capture keeps what is under no_grad, autocast or torch.cond as one call, whose draws are not seen.",
+        'Draw outside of it, use eval mode, or partition(..., dropout="torch") if each rank may draw for itself.',
+    )
 
 
 def _key_input(graph: fx.Graph) -> fx.Node:

@@ -29,8 +29,9 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import num_bytes_of, op_name, place_of, tensor_of
+from attnres_rewrite.fxgraph import can_learn, num_bytes_of, op_name, place_of, tensor_of
 from attnres_rewrite.inputs import check_inputs
+from attnres_rewrite.passes.bodies import all_written, draw_inside
 from attnres_rewrite.passes.carriers import CASTS, VIEWS
 from attnres_rewrite.passes.shared_memory import Memory, share_memory
 
@@ -98,7 +99,7 @@ class _Stages:
         places = [self.position[cut] for cut in cuts]
         if places != sorted(set(places)):
             raise PartitionError(f"the cuts at nodes {places} are not in the order of the graph")
-        self.memory = share_memory(self.nodes)
+        self.memory = share_memory(self.nodes, lambda node: all_written(node, root))
         self.free = _free(self.nodes, root, self.memory)
         self.of: dict[fx.Node, int] = {}
         stage = 0
@@ -161,7 +162,7 @@ def _free_but_for(barred: set[fx.Node], nodes: Sequence[fx.Node], root: nn.Modul
     for node in nodes:
         if node.op in ("placeholder", "get_attr"):
             free.add(node)
-        elif node.op == "call_function" and not _draws(node):
+        elif node.op == "call_function" and not _draws(node) and draw_inside(node, root, _draws) is None:
             inputs = node.all_input_nodes
             if (
                 memory.piece_of[node] not in barred
@@ -296,10 +297,10 @@ def _trainable(stages: _Stages) -> set[fx.Node]:
         for node in stages.nodes:
             parameter = _parameter(stages.root, node)
             value = tensor_of(node)
-            floats = value is None or value.dtype.is_floating_point
+            learns = value is None or can_learn(value)
             sources = (*node.all_input_nodes, *stages.memory.writers_of(node))
             if (parameter is not None and parameter.requires_grad) or (
-                floats and any(entry in found for entry in sources)
+                learns and any(entry in found for entry in sources)
             ):
                 found.add(node)
         if len(found) == before:

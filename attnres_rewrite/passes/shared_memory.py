@@ -6,7 +6,7 @@ A captured graph is not functional: a value that is written into means something
 repeats a node has to know.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,8 +27,8 @@ class Memory:
         return self.writers.get(self.piece_of[node], ())
 
 
-def share_memory(nodes: Iterable[fx.Node]) -> Memory:
-    """Find the values that may share memory: what may be a view counts as one."""
+def share_memory(nodes: Iterable[fx.Node], written: Callable[[fx.Node], Sequence[fx.Node]] = written_inputs) -> Memory:
+    """Find the values that may share memory: what may be a view counts as one. `written` gives what a node writes."""
     parent: dict[fx.Node, fx.Node] = {}
 
     def piece(node: fx.Node) -> fx.Node:
@@ -41,18 +41,18 @@ def share_memory(nodes: Iterable[fx.Node]) -> Memory:
     attributes: dict[object, fx.Node] = {}
     for node in ordered:
         parent[node] = attributes.setdefault(node.target, node) if node.op == "get_attr" else node
-        for other in (*aliased_inputs(node), *written_inputs(node)):
+        for other in (*aliased_inputs(node), *written(node)):
             parent[piece(node)] = piece(other)
     writers: dict[fx.Node, list[fx.Node]] = {}
     for node in ordered:
-        for written in written_inputs(node):
-            writers.setdefault(piece(written), []).append(node)
-    members: dict[fx.Node, list[fx.Node]] = {written: [] for written in writers}
+        for target in written(node):
+            writers.setdefault(piece(target), []).append(node)
+    members: dict[fx.Node, list[fx.Node]] = {name: [] for name in writers}
     for node in ordered:
         if piece(node) in members:
             members[piece(node)].append(node)
     return Memory(
         {node: piece(node) for node in ordered},
-        {written: tuple(found) for written, found in members.items()},
-        {written: tuple(dict.fromkeys(found)) for written, found in writers.items()},
+        {name: tuple(found) for name, found in members.items()},
+        {name: tuple(dict.fromkeys(found)) for name, found in writers.items()},
     )

@@ -11,7 +11,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.fx.node import map_aggregate
 
 from attnres_rewrite.errors import PartitionError, explain
-from attnres_rewrite.fxgraph import shape_of, tensor_of
+from attnres_rewrite.fxgraph import can_learn, shape_of, tensor_of
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.pipeline import Pipeline, TiedParameter, model_name
 from attnres_rewrite.pipeline.plan import PipelinePlan
@@ -51,7 +51,8 @@ def build_pipeline(
     Raises:
         ValueError: The schedule does not fit the plan, the microbatches or the version of torch, the group has another
             number of processes, or the model has no weights.
-        PartitionError: The model returns something that is not a tensor, or another rank builds something else.
+        PartitionError: The model returns something that is not a tensor, a later stage takes an input with the name of
+            an argument of `Pipeline.step`, or another rank builds something else.
     """
     facts = _checked(plan, schedule, n_microbatches, loss_fn, group)
     outputs = _outputs(plan.stages[-1])
@@ -119,6 +120,7 @@ def _checked(
             f"{schedule} needs torch {SPLITS_SINCE} or newer, and this is {torch.__version__}: "
             "older ones give wrong gradients where they split a backward. 1F1B and Interleaved1F1B run on every version"
         )
+    _refuse_names_of_step(plan)
     if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
         raise ValueError("the model is on the meta device: give it its weights, and partition it then")
     if n_microbatches < 1:
@@ -139,6 +141,25 @@ def _checked(
     return facts
 
 
+# what step() and the schedules of torch call their own
+_NAMES_OF_STEP = ("target", "losses", "return_outputs")
+
+
+def _refuse_names_of_step(plan: PipelinePlan) -> None:
+    """Refuse inputs that a later stage takes by name, when step() has an argument of that name."""
+    for number, stage in enumerate(plan.stages):
+        taken = [name for name in by_position(stage.inputs) if name in _NAMES_OF_STEP]
+        if number and taken:
+            raise PartitionError(
+                explain(
+                    f"stage {number} takes an input that is called {taken[0]}",
+                    None,
+                    f"Later stages get their inputs by name, and step({taken[0]}=...) is something else.",
+                    "Call the input otherwise in the model's forward; labels, for example.",
+                )
+            )
+
+
 def _refuse_other_plans(own: tuple[Any, ...], plan: PipelinePlan, group: dist.ProcessGroup | None) -> None:
     plans: list[Any] = [own] * plan.num_ranks
     if plan.num_ranks > 1:
@@ -157,9 +178,9 @@ def _refuse_other_plans(own: tuple[Any, ...], plan: PipelinePlan, group: dist.Pr
 
 
 def with_all_gradients(plan: PipelinePlan) -> PipelinePlan:
-    """Send a gradient for every floating-point value, also for those of frozen parameters: see StageModule."""
-    floats = {name for name, example in value_examples(plan).items() if example.is_floating_point()}
-    values = tuple(replace(value, has_gradient=value.name in floats) for value in plan.values)
+    """Send a gradient for every value that can have one, also for those of frozen parameters: see StageModule."""
+    learning = {name for name, example in value_examples(plan).items() if can_learn(example)}
+    values = tuple(replace(value, has_gradient=value.name in learning) for value in plan.values)
     ranks = [routes.rank for routes in plan.routes]
     return replace(plan, values=values, routes=plan_routes(values, ranks, plan.mode))
 
@@ -199,7 +220,7 @@ def _inputs(graph: StageGraph) -> dict[str, Tensor]:
 
 def _outputs(graph: StageGraph) -> tuple[Tensor, ...]:
     found = _returned(graph.module)
-    return tuple(_meta(node, (value := tensor_of(node)) is not None and value.is_floating_point()) for node in found)
+    return tuple(_meta(node, (value := tensor_of(node)) is not None and can_learn(value)) for node in found)
 
 
 def _with_own_parameters(graphs: list[StageGraph]) -> list[StageGraph]:

@@ -193,7 +193,7 @@ def partition(
     graph, device = unscheduled_graph(new), device or Device()
     model_hash = hash_of(graph)
     if dropout == "keyed":
-        key_draws(graph)
+        key_draws(graph, new)
     places, last = candidates(graph, device)
     chosen = _chosen_cuts(cuts, places, last, graph, len(ranks))
     parts = cut_graph(graph, new, [place.node for place in chosen])

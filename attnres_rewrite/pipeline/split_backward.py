@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from attnres_rewrite.fxgraph import is_floating, op_name, tensor_of
+from attnres_rewrite.fxgraph import can_learn, is_floating, op_name, tensor_of
 
 
 class _Joint(torch.autograd.Function):
@@ -74,7 +74,7 @@ def _unsafe(module: fx.GraphModule, received: list[fx.Node]) -> set[str]:
             origins[node] = frozenset([str(node.target)])
         elif node.op == "output":
             lost |= own
-        elif op_name(node) == "detach" or (value is not None and not value.is_floating_point()):
+        elif op_name(node) == "detach" or (value is not None and not can_learn(value)):
             continue  # no gradient goes through it
         elif any(entry in behind for entry in node.all_input_nodes):
             behind.add(node)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from attnres_rewrite.fxgraph import can_learn
 from attnres_rewrite.keyed_random import make_key
 from attnres_rewrite.passes.key_draws import KEY
 from attnres_rewrite.passes.partition import StageGraph
@@ -120,7 +121,7 @@ class StageModule(nn.Module):
         if not self.splits_backward:
             return value.contiguous()
         copied = value.clone(memory_format=torch.contiguous_format)
-        opens = torch.is_grad_enabled() and copied.is_floating_point() and not copied.requires_grad
+        opens = torch.is_grad_enabled() and can_learn(copied) and not copied.requires_grad
         return copied.requires_grad_() if opens else copied
 
 
@@ -174,6 +175,7 @@ class BlockCacheStage(PipelineStage):
         self.routes, self.store, self.inputs = routes, store, inputs
         self.returns_scalars = is_last and any(not example.ndim for example in output_args)
         self.seed, self.step = 0, -1
+        self._planned = {name: examples[name] for name in returned_by(routes)}
         self._trainable = {name for name, example in examples.items() if example.requires_grad}
         self._forward_microbatch = self._backward_microbatch = -1
         self._leaves: dict[int, tuple[Tensor, ...]] = {}
@@ -210,7 +212,7 @@ class BlockCacheStage(PipelineStage):
         self._keep(microbatch, arrived)
         out = super().forward_maybe_with_nosync(*args, **kwargs)
         if not self.is_last:
-            made = dict(zip(returned_by(routes), out, strict=True))
+            made = {name: self._as_planned(name, value) for name, value in zip(self._planned, out, strict=True)}
             if thawed := [name for name in made if made[name].requires_grad and name not in self._trainable]:
                 raise RuntimeError(
                     f"{', '.join(thawed)} would have a gradient, and had none when the model was partitioned: "
@@ -229,6 +231,18 @@ class BlockCacheStage(PipelineStage):
         for name, owner in routes.dropped:
             del values[microbatch, name, owner]
         return out
+
+    def _as_planned(self, name: str, value: Tensor) -> Tensor:
+        """Return a value in the dtype that its receivers have room for: autocast may have lowered it."""
+        wanted = self._planned[name]
+        lowered = value.is_floating_point() and torch.promote_types(value.dtype, wanted.dtype) == wanted.dtype
+        if value.shape != wanted.shape or (value.dtype != wanted.dtype and not lowered):
+            raise TypeError(
+                f"stage {self.stage_index} made {name} as {value.dtype} {list(value.shape)}, and the plan has "
+                f"{wanted.dtype} {list(wanted.shape)}: the stages behind would read other numbers. "
+                "Rewrite and partition the model in the precision, and on the sizes, that it runs in"
+            )
+        return value.to(wanted.dtype)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
         """Add the deposits to the gradients of what was made here; hand in those of what passed through."""

@@ -38,8 +38,9 @@ def timeline(plan: PipelinePlan, schedule: str, n_microbatches: int) -> list[Run
     placement = placement_for(schedule, plan.num_virtual)
     if placement != plan.placement:
         raise ValueError(f"{schedule} places stages as a {placement}, the plan as a {plan.placement}")
-    if schedule == "1F1B" and n_microbatches < plan.num_ranks:
-        raise ValueError(f"1F1B takes at least as many microbatches as stages, {plan.num_ranks}, not {n_microbatches}")
+    count = len(plan.stages)
+    if schedule in ("1F1B", "DualPipeV") and n_microbatches < count:
+        raise ValueError(f"{schedule} takes at least as many microbatches as stages, {count}, not {n_microbatches}")
     if schedule == "1F1B":
         queues = [_one_forward_one_backward(rank, plan.num_ranks, n_microbatches) for rank in range(plan.num_ranks)]
     else:
@@ -51,7 +52,7 @@ def timeline(plan: PipelinePlan, schedule: str, n_microbatches: int) -> list[Run
     while any(queues):
         before = len(found)
         for rank, queue in enumerate(queues):
-            while queue and (begin := _earliest(queue[0], ends, len(plan.stages))) is not None:
+            while queue and (begin := _earliest(queue[0], ends, count)) is not None:
                 kind, stage, microbatch = queue.pop(0)
                 start = max(free[rank], begin)
                 end = start + DURATIONS[kind] * plan.facts[stage].seconds

@@ -55,7 +55,7 @@ def _written(x):
 @pytest.mark.parametrize("case", DRAWS)
 def test_a_draw_follows_from_the_key(case):
     program = captured(DRAWS[case])
-    assert key_draws(program.graph) == 1
+    assert key_draws(program.graph, program) == 1
     program.graph.lint()
     first, again, other = run(program), run(program), run(program, 1)
     torch.testing.assert_close(first, again, rtol=0, atol=0)
@@ -64,7 +64,7 @@ def test_a_draw_follows_from_the_key(case):
 
 def test_sites_draw_apart():
     program = captured(lambda self, x: torch.stack([self.drop(x), self.drop(x)]))
-    assert key_draws(program.graph) == 2
+    assert key_draws(program.graph, program) == 2
     one, two = run(program)
     assert not torch.equal(one, two)
 
@@ -74,11 +74,23 @@ def test_sites_draw_apart():
 def test_what_draws_nothing_is_left_alone(inplace):
     program = captured(lambda self, x: nn.functional.dropout(x + 1, 0.5, self.drop.training, inplace), training=False)
     before = str(program.graph)
-    assert key_draws(program.graph) == 0
+    assert key_draws(program.graph, program) == 0
     assert str(program.graph) == before
 
 
 def test_a_draw_without_a_keyed_form_is_refused():
     program = captured(lambda self, x: x + torch.randn_like(x))
     with pytest.raises(PartitionError, match=r"randn_like draws random numbers.*\n.*\n.*dropout=\"torch\""):
-        key_draws(program.graph)
+        key_draws(program.graph, program)
+
+
+# Once left as it was: every rank drew for itself
+def test_a_draw_under_no_grad_is_refused():
+    def forward(self, x):
+        with torch.no_grad():
+            noise = torch.rand(8, 1)
+        return x + noise
+
+    program = captured(forward)
+    with pytest.raises(PartitionError, match=r"rand draws random numbers inside wrap_with_set_grad_enabled"):
+        key_draws(program.graph, program)

@@ -218,6 +218,44 @@ def test_a_buffer_that_several_stages_move_is_refused():
         partition(program.graph, program, reads)
 
 
+class Regions(nn.Module):
+    """Under no_grad it counts its calls, draws noise for every layer, and follows the mean of biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(VOCAB, WIDTH), nn.ModuleList(Mlp() for _ in range(4))
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        with torch.no_grad():
+            self.seen.add_(1)
+            noise = torch.rand(ids.shape[1], 1, dtype=x.dtype)
+        for layer in self.layers:
+            h = nn.functional.rms_norm(x, (WIDTH,))
+            with torch.no_grad():
+                self.mean.mul_(0.5).add_(layer.down.bias)
+            x = x + layer(h + self.mean) * noise
+        return nn.functional.rms_norm(x, (WIDTH,))
+
+
+# Once wrong: every stage counted, and drew noise of its own
+def test_what_is_drawn_or_written_under_no_grad_is_so_once():
+    program, _ = rewritten(Regions().train(), (ids,), ar.AttnResConfig(block_size=2))
+    with pytest.raises(PartitionError, match=r"writes into mean, which stages \[0, 1\] use"):
+        partition(program.graph, program, cuts_after(program, 4, (1,)))
+    parts = partition(program.graph, program, cuts_after(program, 4, (3,)))
+    assert not parts.stages[1].recomputed
+    torch.manual_seed(0)
+    wanted = program(ids)
+    program.mean.zero_()
+    torch.manual_seed(0)
+    (found,) = chained(parts, (ids,))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert program.seen.item() == 2
+
+
 class TestBadCuts:
     def test_out_of_order(self):
         program, _ = rewritten(Gpt(), (ids,), ar.AttnResConfig(block_size=2))

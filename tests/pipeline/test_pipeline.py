@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import re
+import textwrap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +276,41 @@ def test_gradients_of_tied_copies_are_added_up_once():
         pipeline.evaluate(batch, target=target)
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_clipping_by_the_norm_of_all_stages():
+    """The recipe of docs/pipeline.md gives the norm of the model, where a tied parameter counts once."""
+    new = rewritten(Gpt(depth=2))
+    reference = copy.deepcopy(new)
+    for ids, wanted in zip(batch.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
+        (loss_of(reference(ids), wanted) / MICROBATCHES).backward()
+    plan = ar.partition(new, 1, 2)
+    device = "cpu"
+    pipeline = ar.build_pipeline(plan, "LoopedBFS", n_microbatches=MICROBATCHES, device=device, loss_fn=loss_of)
+    pipeline.step(batch, target=target)
+    pipeline.reduce_tied_gradients()
+    page = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    (recipe,) = re.findall(r"  ```python\n(  squares.*?)  ```", page, re.DOTALL)
+    names = {"torch": torch, "plan": plan, "pipeline": pipeline, "device": device}
+    exec(textwrap.dedent(recipe), names)
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    assert norm > 1.0
+    torch.testing.assert_close(names["squares"].sqrt(), norm.to(names["squares"].dtype))
+    for name, parameter in pipeline.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, rtol=1e-6, atol=1e-12)
+
+
+class Targeted(Gpt):
+    """Its last stage takes an input called target."""
+
+    def forward(self, ids, target):
+        return super().forward(ids) * target[..., None]
+
+
+# Once an error of each step that asked for what it was given
+def test_an_input_with_the_name_of_an_argument_of_step():
+    with pytest.raises(PartitionError, match="stage 1 takes an input that is called target"):
+        built(rewritten(Targeted(depth=2), example, example))
 
 
 # Once wrong: torch could not save the optimizer any more

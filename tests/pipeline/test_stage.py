@@ -224,6 +224,55 @@ def test_a_value_for_a_later_stage_of_the_same_rank_alone(virtual, placement, sp
     assert_learns_the_same(new, plan, 0, split=split)
 
 
+# Once sent as it was: the next rank read the bytes of bfloat16 as float32
+def test_what_autocast_lowers_has_the_dtype_of_the_plan_on_the_wire():
+    new = rewritten_from(Skip().float(), ar.AttnResConfig(block_size=4))
+    (stage, _) = stages_of(plan := ar.partition(new, 2), 1, split=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = stage.forward_one_chunk(0, (ids,))
+    assert "tanh" in plan.routes[0].sent
+    assert [(value.dtype, value.requires_grad) for value in out] == [(torch.float32, True)] * 4
+
+
+def test_a_stage_that_makes_something_else_than_the_plan_has():
+    new = rewritten_from(Skip().float(), ar.AttnResConfig(block_size=4))
+    (stage, _) = stages_of(ar.partition(new, 2), 1, split=False)
+    stage.submod.double()
+    with pytest.raises(RuntimeError) as raised:
+        stage.forward_one_chunk(0, (ids,))
+    assert "stage 0 made embedding as torch.float64 [2, 6, 16], and the plan has torch.float32" in str(
+        raised.value.__cause__
+    )
+
+
+class Phases(Gpt):
+    """A complex value that it learns goes round its layers, beside a filter of which it makes two uses."""
+
+    def __init__(self):
+        super().__init__(depth=3)
+        self.turn, self.filter = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Parameter(torch.randn(WIDTH // 2, 2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        phases = torch.view_as_complex(torch.tanh(self.turn(x)).unflatten(-1, (-1, 2)))
+        for layer in self.layers:
+            turned = torch.view_as_complex(self.filter) * phases.exp() + torch.view_as_complex(self.filter)
+            x = x + layer.attn(layer.norm_1(x)) * torch.view_as_real(turned).flatten(-2)
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+# Once an error that something was not frozen any more
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("mode", MODES)
+def test_complex_values_have_gradients(mode, split):
+    new = rewritten_from(Phases().double(), ar.AttnResConfig(block_size=2))
+    plan = ar.partition(new, 2, 2, mode=mode)
+    assert any(example.is_complex() for example in value_examples(plan).values())
+    plan = with_all_gradients(plan) if split else plan
+    assert_learns_the_same(new, plan, 0, split=split)
+
+
 def freeze(new: ar.RewrittenModule, *modules: torch.nn.Module) -> None:
     """Freeze modules, but not the reads in them."""
     for module in modules:

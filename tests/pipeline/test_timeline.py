@@ -62,7 +62,8 @@ def test_a_schedule_that_does_not_fit(new):
         timeline(planned(new, "Interleaved1F1B"), "ZBVZeroBubble", 8)
 
 
-# Once drawn; torch does not run it
-def test_too_few_microbatches(new):
-    with pytest.raises(ValueError, match="as many microbatches as stages, 4, not 3"):
-        timeline(planned(new, "1F1B"), "1F1B", 3)
+# Once drawn, and an error from within torch; torch does not run it
+@pytest.mark.parametrize(("schedule", "stages"), [("1F1B", 4), ("DualPipeV", 8)])
+def test_too_few_microbatches(new, schedule, stages):
+    with pytest.raises(ValueError, match=f"{schedule} takes at least as many microbatches as stages, {stages}, not 3"):
+        timeline(planned(new, schedule), schedule, 3)
