@@ -53,7 +53,9 @@ def flops_of(node: fx.Node) -> int:
         return _einsum_flops(node)
     if name.startswith("conv"):
         weight = shape_of(argument(node, 1, "weight")) or (1, 1)
-        return 2 * math.prod(out) * math.prod(weight[1:])
+        # each weight meets every place of the input in a transposed one, of the output in the others
+        places = shape_of(argument(node, 0, "input")) or out if "transpose" in name else out
+        return 2 * math.prod(places) * math.prod(weight[1:])
     if name == "scaled_dot_product_attention":
         queries, keys = math.prod(out[:-1]), _size(node, 1, "key", -2)
         return 2 * queries * keys * (_size(node, 0, "query", -1) + _size(node, 2, "value", -1))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from attnres_rewrite.pipeline.costs import flops_of
 
@@ -36,3 +37,13 @@ def test_einsum(equation):
 
 def test_an_einsum_of_one_operand_multiplies_nothing():
     assert flops_of(einsum_node("btd->bdt", (B, T, D))) == 0
+
+
+# Once the transposed one counted each weight for every place of the output
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_a_convolution(kind):
+    layer, value = kind(D, E, kernel_size=3, stride=2), torch.randn(B, D, T)
+    graph = torch.export.export(layer, (value,)).graph
+    with FlopCounterMode(display=False) as counter:
+        layer(value)
+    assert sum(map(flops_of, graph.nodes)) == counter.get_total_flops() > 0
