@@ -232,7 +232,8 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose forward leaves the mark; it goes by the same name."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._attnres_facts is not None and not self._attnres_original:
+        # after detach() whoever kept this function, as accelerate does, has that of the model
+        if getattr(self, "_attnres_facts", None) is not None and not self._attnres_original:
             if not torch.compiler.is_dynamo_compiling() and callable(active_callback()):
                 _raise_what_stopped_dynamo(self, forward.__code__, args, kwargs)  # pyright: ignore[reportCallIssue]
             args, kwargs = _marked(self, args, kwargs)
@@ -240,8 +241,12 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
     # torch counts recompilations by code object, and this one would be that of every class
     forward.__code__ = forward.__code__.replace(co_name=f"attached_{base.__name__}")
+    functools.update_wrapper(forward, base.forward)
+    # who follows __wrapped__, as accelerate does to unwrap a model, would find a forward without the mark
+    forward.__dict__.pop("__wrapped__")
+    forward.__dict__["__signature__"] = inspect.signature(base.forward)
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    own = {"forward": functools.wraps(base.forward)(forward), "_attnres_base": base}
+    own = {"forward": forward, "_attnres_base": base}
     return type(base.__name__, (Attached, base), described | own)
 
 

@@ -77,6 +77,18 @@ def test_an_object_made_anew_from_its_class_is_not_attached(attached):
     assert type(fresh) is Gpt
 
 
+def test_who_unwraps_the_forward_finds_the_mark(attached):
+    assert inspect.signature(attached.forward) == inspect.signature(Gpt().forward)
+    with pytest.raises(ar.NotCompiledError):
+        inspect.unwrap(type(attached).forward)(attached, ids)
+
+
+def test_a_forward_that_was_kept_is_that_of_the_model_after_detach(attached):
+    kept = attached.forward
+    ar.detach(attached)
+    torch.testing.assert_close(kept(ids), attached(ids))
+
+
 def test_original_nests_and_ends_with_an_error(attached):
     with ar.original(attached):
         with ar.original(attached):

@@ -37,3 +37,23 @@ def test_hidden_states(llama):
     inputs = {"input_ids": ids, "output_hidden_states": True, "use_cache": False}
     new = ar.rewrite(llama, (), inputs, config=ar.AttnResConfig(num_blocks=2), dynamic_shapes={}, verify=False)
     assert len(new(**inputs).hidden_states) == 3
+
+
+@pytest.mark.slow
+def test_the_mixed_precision_of_accelerate(llama):
+    accelerate = pytest.importorskip("accelerate")
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(llama):
+            parameter.add_(torch.randn_like(parameter))
+    plain = llama(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = llama(ids).logits
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(llama)
+    torch.testing.assert_close(prepared(ids).logits, wanted.float(), rtol=0, atol=0)
+    new = ar.as_rewritten(prepared, kwargs={"input_ids": ids, "use_cache": False}, verify=False)
+    torch.testing.assert_close(new(input_ids=ids).logits, plain)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(unwrapped(ids).logits, plain, rtol=0, atol=0)
+    ar.detach(prepared)
+    assert not torch.allclose(unwrapped(ids).logits, plain)
