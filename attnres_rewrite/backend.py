@@ -244,6 +244,12 @@ _REMEDIES = (
         "transformers logs where a model keeps a cache under gradient checkpointing: model.config.use_cache = False.",
     ),
     (
+        "requires_grad_()",
+        "gradient_checkpointing_enable() of transformers has frozen embeddings require gradients, for reentrant "
+        "checkpoints alone: call model.disable_input_require_grads() after it, and leave gradient_checkpointing of "
+        "Trainer off, which would enable it anew.",
+    ),
+    (
         "output_capturing.py",
         "transformers collects output_hidden_states and output_attentions in a way that Dynamo cannot trace: leave "
         "them out, or call what rewrite() returns.",

@@ -30,6 +30,22 @@ def test_gradient_checkpointing_with_a_cache(llama):
     assert all(parameter.grad is not None for parameter in ar.attnres_parameters(llama))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_gradient_checkpointing_of_frozen_embeddings(llama):
+    llama.config.use_cache = False
+    llama.model.embed_tokens.requires_grad_(False)
+    llama(ids, labels=ids).loss.backward()
+    wanted = [parameter.grad for parameter in ar.attnres_parameters(llama)]
+    llama.gradient_checkpointing_enable()
+    with pytest.raises(BackendCompilerFailed, match=r"model\.disable_input_require_grads\(\)"):
+        llama(ids, labels=ids)
+    llama.disable_input_require_grads()
+    llama.zero_grad()
+    llama(ids, labels=ids).loss.backward()
+    for parameter, gradient in zip(ar.attnres_parameters(llama), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
 def test_hidden_states(llama):
     with pytest.raises(BackendCompilerFailed, match="output_hidden_states and output_attentions"):
         llama(ids, output_hidden_states=True)
