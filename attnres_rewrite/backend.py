@@ -273,7 +273,7 @@ def _refuse_unattached(gm: fx.GraphModule) -> None:
         explain(
             "the model was not attached, so it has no reads to put in",
             None,
-            "backend='attnres' looks for the queries that attach() adds.",
+            "backend='attnres' looks for the queries that attach() adds. A part of an attached model cannot show them.",
             "Before torch.compile: attnres_rewrite.attach(model, attnres_rewrite.AttnResConfig(num_blocks=8))",
         )
     )

@@ -1,6 +1,7 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,6 +114,33 @@ def test_original_of_a_compiled_model(attached):
     again = attached(ids)
     assert not torch.allclose(mixed, plain)
     torch.testing.assert_close(again, mixed, rtol=0, atol=0)
+
+
+def test_originals_of_two_threads_that_overlap(attached):
+    first, second = ar.original(attached), ar.original(attached)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    attached(ids)
+    second.__exit__(None, None, None)
+    with pytest.raises(ar.NotCompiledError):
+        attached(ids)
+
+
+def test_the_first_compiled_call_inside_original_is_in_another_thread(attached):
+    attached.compile(**QUICK)
+    with ar.original(attached), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(attached, ids).result()
+        torch.testing.assert_close(found, type(attached)._attnres_base.forward(attached, ids))
+
+
+def test_a_copy_made_inside_original_is_not_inside(attached):
+    with ar.original(attached):
+        copies = copy.deepcopy(attached), copy.copy(attached), pickle.loads(pickle.dumps(attached))
+        attached(ids)
+    for each in copies:
+        with pytest.raises(ar.NotCompiledError):
+            each(ids)
 
 
 def test_detach_leaves_nothing_behind(attached):
