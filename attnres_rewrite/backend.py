@@ -169,7 +169,8 @@ def _matched(
                 None,
                 seen,
                 "Attach with example inputs of this kind, attach(model, config, args, kwargs); and where other modules "
-                'are compiled with the attached one, compile it alone, model.compile(backend="attnres").',
+                'are compiled with the attached one, compile it alone, model.compile(backend="attnres"). Parts '
+                "that are called by themselves, as generate() calls an encoder, are attached and compiled each.",
             )
         )
     return [_with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]

@@ -73,3 +73,30 @@ def test_the_mixed_precision_of_accelerate(llama):
     torch.testing.assert_close(unwrapped(ids).logits, plain, rtol=0, atol=0)
     ar.detach(prepared)
     assert not torch.allclose(unwrapped(ids).logits, plain)
+
+
+@pytest.mark.slow
+def test_generate_of_an_encoder_and_a_decoder():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=32, **sizes, **special)).eval()
+    config, quick = ar.AttnResConfig(num_blocks=2), {"backend": "attnres", "options": {"backend": "aot_eager"}}
+    ar.attach(model, config)
+    names = set(model.state_dict())
+    model.compile(**quick)
+    with pytest.raises(BackendCompilerFailed, match="are attached and compiled each"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    ar.detach(model)
+    ar.attach(model.encoder, config)
+    states = {"encoder_hidden_states": torch.randn(2, 8, 16), "use_cache": False}
+    ar.attach(model.decoder, config, kwargs={"input_ids": ids, **states})
+    assert set(model.state_dict()) == names
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    model.encoder.compile(**quick)
+    model.decoder.compile(**quick)
+    cached = model.generate(ids, max_new_tokens=3, do_sample=False)
+    torch.testing.assert_close(model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False), cached)
