@@ -32,7 +32,8 @@ def as_rewritten(
 ) -> RewrittenModule:
     """Return the rewrite of an attached model, which stays attached and shares its parameters and buffers.
 
-    It computes what the attached model computes under torch.compile, and goes on doing so while that is trained.
+    It computes what the attached model computes under torch.compile, and goes on doing so while that is trained. What
+    accelerate prepared for mixed precision is captured without: call the rewrite under torch.autocast instead.
 
     Args:
         model: What attach() was given, or what torch.compile, DistributedDataParallel or PEFT made of it; it is not
@@ -66,9 +67,17 @@ def as_rewritten(
     shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     detach(twin)
+    _without_autocast(twin)
     new = rewrite(twin, args, named, attachment.config, dynamic_shapes, verify=verify, progress=progress)
     _give_reads(new, model, names)
     return new
+
+
+def _without_autocast(model: nn.Module) -> None:
+    """Take off the forward that accelerate sets for mixed precision: autocast is its caller's, not a graph's."""
+    for part in model.modules():
+        if part.__dict__.pop("_original_forward", None) is not None:
+            part.__dict__.pop("forward", None)
 
 
 def _attachment_of(model: nn.Module) -> tuple[Attachment, list[str]]:

@@ -10,9 +10,10 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 
 import functools
 import inspect
+import threading
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -35,7 +36,9 @@ from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
 BATCH, SEQ = 2, 16
-_running_originals: ContextVar[int] = ContextVar("running_originals", default=0)
+# how many `original` run of each model, by its id, in all threads
+_originals: Counter[int] = Counter()
+_originals_lock = threading.Lock()
 
 
 class Attached:
@@ -47,8 +50,14 @@ class Attached:
     _attnres_base: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the class the model had: the one it has now is made at run time."""
-        return _rebuilt, (self._attnres_base,), self.__getstate__()  # type: ignore[attr-defined]
+        """Pickle and copy by the class the model had: the one it has now is made at run time.
+
+        A copy made inside `original` is not inside of it.
+        """
+        state: Any = self.__getstate__()  # type: ignore[attr-defined]
+        if isinstance(state, dict) and self._attnres_facts is not None:
+            state = {**state, "_attnres_original": False}
+        return _rebuilt, (self._attnres_base,), state
 
 
 def attach(
@@ -154,7 +163,8 @@ def _refuse_changed_class(part: Attached) -> None:
 def original(model: nn.Module) -> Generator[None]:
     """Run an attached model as the network it was, without its reads, compiled or not, for the length of a `with`.
 
-    It is the model that is switched, so every thread that calls it meanwhile runs the original.
+    It is the model that is switched, so every thread that calls it meanwhile runs the original; where several threads
+    ask for that, until the last of them is done.
 
     Args:
         model: An attached model, or a module that holds one; the one inside is what is run.
@@ -163,21 +173,27 @@ def original(model: nn.Module) -> Generator[None]:
         NotAttachedError: No part of `model` is attached.
     """
     parts = list(attached_parts(model))
-    before = [part._attnres_original for part in parts]
-    token = _running_originals.set(_running_originals.get() + 1)
     try:
         for part in parts:
-            part._attnres_original = True
+            _count_original(part, 1)
         yield
     finally:
-        _running_originals.reset(token)
-        for part, flag in zip(parts, before, strict=True):
-            part._attnres_original = flag
+        for part in parts:
+            _count_original(part, -1)
+
+
+def _count_original(part: Any, change: int) -> None:
+    # the last of several threads switches the model back
+    with _originals_lock:
+        _originals[id(part)] += change
+        part._attnres_original = _originals[id(part)] > 0
+        if not part._attnres_original:
+            del _originals[id(part)]
 
 
 def runs_original() -> bool:
-    """Say whether this code runs inside `original`."""
-    return _running_originals.get() > 0
+    """Say whether some model runs inside `original`, in any thread."""
+    return bool(_originals)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -232,7 +248,8 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of `base` whose forward leaves the mark; it goes by the same name."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._attnres_facts is not None and not self._attnres_original:
+        # after detach() whoever kept this function, as accelerate does, has that of the model
+        if getattr(self, "_attnres_facts", None) is not None and not self._attnres_original:
             if not torch.compiler.is_dynamo_compiling() and callable(active_callback()):
                 _raise_what_stopped_dynamo(self, forward.__code__, args, kwargs)  # pyright: ignore[reportCallIssue]
             args, kwargs = _marked(self, args, kwargs)
@@ -240,8 +257,12 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
 
     # torch counts recompilations by code object, and this one would be that of every class
     forward.__code__ = forward.__code__.replace(co_name=f"attached_{base.__name__}")
+    functools.update_wrapper(forward, base.forward)
+    # who follows __wrapped__, as accelerate does to unwrap a model, would find a forward without the mark
+    forward.__dict__.pop("__wrapped__")
+    forward.__dict__["__signature__"] = inspect.signature(base.forward)
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    own = {"forward": functools.wraps(base.forward)(forward), "_attnres_base": base}
+    own = {"forward": forward, "_attnres_base": base}
     return type(base.__name__, (Attached, base), described | own)
 
 

@@ -26,10 +26,10 @@ from attnres_rewrite.errors import (
     StreamMismatchError,
     explain,
 )
-from attnres_rewrite.fxgraph import owner_of
+from attnres_rewrite.fxgraph import module_path, plain_path
 from attnres_rewrite.mark import AttachedStream, Attachment
 from attnres_rewrite.records import BlockPlan
-from attnres_rewrite.training_ir import to_dynamo, to_training_ir
+from attnres_rewrite.training_ir import dynamo_source, to_dynamo, to_training_ir
 from attnres_rewrite.version import __version__
 
 Compiled = Callable[..., Any]
@@ -101,7 +101,7 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
                 'Compile the model, not the function around it: model.compile(backend="attnres").',
             )
         )
-    model_path = owner_of(marks[0])
+    model_path = _path_of_model(marks[0], attachment)
     names = _take_out(gm.graph, marks[0], attachment)
     traced = to_training_ir(gm, names)
     try:
@@ -112,6 +112,16 @@ def rewrite_graph(gm: fx.GraphModule, attachment: Attachment, marks: Sequence[fx
     put_reads_in(traced.module, plans, attachment.config)
     to_dynamo(traced, gm)
     return sum(len(plan.reads) for plan in plans)
+
+
+def _path_of_model(mark: fx.Node, attachment: Attachment) -> str:
+    """Return where the attached model is, as the modules of this graph are named."""
+    if around := module_path(mark):
+        return around[-1]
+    # a function around its forward was compiled, as that of accelerate's mixed precision: a query knows whose it is
+    parameters: Sequence[fx.Node] = mark.args[0]  # type: ignore[assignment]
+    path, name = plain_path(dynamo_source(parameters[0])), attachment.parameter_names[0]
+    return path.removesuffix(name).rstrip(".") if path.endswith(name) else ""
 
 
 def _take_out(graph: fx.Graph, mark: fx.Node, attachment: Attachment) -> dict[str, str]:
@@ -159,7 +169,8 @@ def _matched(
                 None,
                 seen,
                 "Attach with example inputs of this kind, attach(model, config, args, kwargs); and where other modules "
-                'are compiled with the attached one, compile it alone, model.compile(backend="attnres").',
+                'are compiled with the attached one, compile it alone, model.compile(backend="attnres"). Parts '
+                "that are called by themselves, as generate() calls an encoder, are attached and compiled each.",
             )
         )
     return [_with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]
@@ -234,6 +245,12 @@ _REMEDIES = (
         "transformers logs where a model keeps a cache under gradient checkpointing: model.config.use_cache = False.",
     ),
     (
+        "requires_grad_()",
+        "gradient_checkpointing_enable() of transformers has frozen embeddings require gradients, for reentrant "
+        "checkpoints alone: call model.disable_input_require_grads() after it, and leave gradient_checkpointing of "
+        "Trainer off, which would enable it anew.",
+    ),
+    (
         "output_capturing.py",
         "transformers collects output_hidden_states and output_attentions in a way that Dynamo cannot trace: leave "
         "them out, or call what rewrite() returns.",
@@ -257,7 +274,7 @@ def _refuse_unattached(gm: fx.GraphModule) -> None:
         explain(
             "the model was not attached, so it has no reads to put in",
             None,
-            "backend='attnres' looks for the queries that attach() adds.",
+            "backend='attnres' looks for the queries that attach() adds. A part of an attached model cannot show them.",
             "Before torch.compile: attnres_rewrite.attach(model, attnres_rewrite.AttnResConfig(num_blocks=8))",
         )
     )

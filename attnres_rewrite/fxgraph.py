@@ -110,11 +110,11 @@ def source_line(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> tuple[str, ...]:
     """Return the FQNs of the modules around the node, outermost (the model, "") first."""
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(_fqn(entry[0]) for entry in stack.values())
+    return tuple(plain_path(entry[0]) for entry in stack.values())
 
 
-def _fqn(name: str) -> str:
-    """Clean a module name: export marks repeated calls "l@1", Dynamo writes expressions for "h.0.norm".
+def plain_path(name: str) -> str:
+    """Clean a name of a module or parameter: export marks repeated calls "l@1", Dynamo writes expressions for "h.norm".
 
     getattr(L['self'].h, '0').norm,  L['self']._modules['h'][0].norm,  L['self'].h.__dict__['_modules']['0'].norm
     """
@@ -122,7 +122,8 @@ def _fqn(name: str) -> str:
     while (plain := _GETATTR.sub(r"\1.\2", name)) != name:
         name = plain
     if name.startswith(("L[", "G[")):
-        inner = name.partition("]")[2].replace(".__dict__['_modules']", "").replace("._modules[", "[")
+        inner = name.partition("]")[2].replace(".__dict__['_modules']", "")
+        inner = inner.replace("._modules[", "[").replace("._parameters[", "[")
         name = _SUBSCRIPT.sub(r".\1", inner).lstrip(".")
     return name
 

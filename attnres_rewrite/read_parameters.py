@@ -20,7 +20,8 @@ def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
     their own.
 
     Args:
-        model: An attached model, the result of `rewrite`, or a module that holds either.
+        model: An attached model, the result of `rewrite`, or a module that holds either. Of several adapters of
+            PEFT it is the active one.
 
     Raises:
         NotAttachedError: There are none.
@@ -43,7 +44,7 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
     """
     wanted = _named(model)
     found = source if isinstance(source, Mapping) else _read(Path(source))
-    found = {plain: value for name, value in found.items() if (plain := _plain_name(name)) is not None}
+    found = _by_plain_name(found)
     for missing, which in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has")):
         if missing:
             raise ArtifactError(
@@ -62,6 +63,24 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
             parameter.copy_(found[name])
 
 
+def _by_plain_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        plain = _plain_name(name)
+        if plain in found:
+            raise ArtifactError(
+                explain(
+                    f"the checkpoint has {plain} twice, the second time as {name}",
+                    None,
+                    "It is of a model with several adapters of PEFT, each with queries and gains of its own.",
+                    "Give those of one adapter.",
+                )
+            )
+        if plain is not None:
+            found[plain] = value
+    return found
+
+
 def _first(names: Mapping[str, Tensor]) -> str:
     return f"the first is {sorted(names)[0]}" if names else "none at all"
 
@@ -72,13 +91,20 @@ def holds_attnres_parameters(folder: Path) -> bool:
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    named = ((_plain_name(name), parameter) for name, parameter in model.named_parameters())
+    named = ((_plain_name(name), value) for name, value in model.named_parameters() if _is_active(model, name))
     found = {name: parameter for name, parameter in named if name is not None}
     if not found:
         raise NotAttachedError(
             explain(f"{type(model).__name__} has no reads", remedy="Add them: attnres_rewrite.attach(model, config)")
         )
     return found
+
+
+def _is_active(model: nn.Module, name: str) -> bool:
+    """Say whether a parameter is in use: of several adapters of PEFT, each has its own queries and gains."""
+    wrapper, saved, rest = name.rpartition(".modules_to_save.")
+    active = getattr(model.get_submodule(wrapper), "active_adapters", None) if saved else None
+    return active is None or rest.partition(".")[0] in active
 
 
 # PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]

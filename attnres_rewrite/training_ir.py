@@ -223,8 +223,13 @@ def _belongs_to_module(placeholder: fx.Node) -> bool:
     """Say whether an input is a parameter or a buffer of some module; Dynamo calls it by its path."""
     if isinstance(placeholder.meta["example_value"], nn.Parameter):
         return True
+    return bool(_OF_MODULE.search(dynamo_source(placeholder)))
+
+
+def dynamo_source(placeholder: fx.Node) -> str:
+    """Return the expression by which Dynamo found an input, "L['self']._modules['head']._parameters['weight']"."""
     name: Any = getattr(getattr(placeholder, "_dynamo_source", None), "name", "")
-    return bool(_OF_MODULE.search(str(name() if callable(name) else name)))
+    return str(name() if callable(name) else name)
 
 
 def _put(module: nn.Module, target: str, value: torch.Tensor) -> None:

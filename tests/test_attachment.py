@@ -1,6 +1,7 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_an_object_made_anew_from_its_class_is_not_attached(attached):
     assert type(fresh) is Gpt
 
 
+def test_who_unwraps_the_forward_finds_the_mark(attached):
+    assert inspect.signature(attached.forward) == inspect.signature(Gpt().forward)
+    with pytest.raises(ar.NotCompiledError):
+        inspect.unwrap(type(attached).forward)(attached, ids)
+
+
+def test_a_forward_that_was_kept_is_that_of_the_model_after_detach(attached):
+    kept = attached.forward
+    ar.detach(attached)
+    torch.testing.assert_close(kept(ids), attached(ids))
+
+
 def test_original_nests_and_ends_with_an_error(attached):
     with ar.original(attached):
         with ar.original(attached):
@@ -101,6 +114,33 @@ def test_original_of_a_compiled_model(attached):
     again = attached(ids)
     assert not torch.allclose(mixed, plain)
     torch.testing.assert_close(again, mixed, rtol=0, atol=0)
+
+
+def test_originals_of_two_threads_that_overlap(attached):
+    first, second = ar.original(attached), ar.original(attached)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    attached(ids)
+    second.__exit__(None, None, None)
+    with pytest.raises(ar.NotCompiledError):
+        attached(ids)
+
+
+def test_the_first_compiled_call_inside_original_is_in_another_thread(attached):
+    attached.compile(**QUICK)
+    with ar.original(attached), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(attached, ids).result()
+        torch.testing.assert_close(found, type(attached)._attnres_base.forward(attached, ids))
+
+
+def test_a_copy_made_inside_original_is_not_inside(attached):
+    with ar.original(attached):
+        copies = copy.deepcopy(attached), copy.copy(attached), pickle.loads(pickle.dumps(attached))
+        attached(ids)
+    for each in copies:
+        with pytest.raises(ar.NotCompiledError):
+            each(ids)
 
 
 def test_detach_leaves_nothing_behind(attached):

@@ -1,6 +1,6 @@
 """A compiled call has to run the modules that attach() saw, in their order: each read belongs to one of them."""
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +128,17 @@ def test_blocks_counted_in_layers():
     with ar.original(model):
         wanted = model(ids)
     torch.testing.assert_close(model(ids), wanted)
+
+
+def test_a_function_around_the_forward(monkeypatch):
+    model = attached(Ordered(depth=2))
+    with ar.original(model):
+        wanted = model(ids, order=(0, 1))
+    inner = type(model).forward
+    monkeypatch.setattr(model, "forward", MethodType(lambda *args, **kwargs: inner(*args, **kwargs), model))
+    torch.testing.assert_close(torch.compile(model.forward, **QUICK)(ids, order=(0, 1)), wanted)
+    holder = SimpleNamespace(models=[model])
+    call = torch.compile(lambda: inner(holder.models[0], ids, order=(0, 1)), **QUICK)
+    torch.testing.assert_close(call(), wanted)
+    with pytest.raises(BackendCompilerFailed, match=r"is read by layers\.1 in this call"):
+        torch.compile(lambda: inner(holder.models[0], ids, order=(1, 0)), **QUICK)()

@@ -140,6 +140,23 @@ class TestHuggingFace:
         ar.load_attnres_parameters(llama, state)
         assert all(parameter.ne(0).all() for parameter in ar.attnres_parameters(adapted))
 
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+    def test_of_several_adapters_those_of_the_active_one(self, llama):
+        peft = pytest.importorskip("peft")
+        ar.attach(llama, ar.AttnResConfig(num_blocks=3))
+        lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["attn_res"])
+        adapted = peft.get_peft_model(llama, lora)
+        adapted.add_adapter("other", lora)
+        for active, idle in (("other", "default"), ("default", "other")):
+            adapted.set_adapter(active)
+            wanted = [p for name, p in adapted.named_parameters() if f"modules_to_save.{active}" in name]
+            assert list(map(id, ar.attnres_parameters(adapted))) == list(map(id, wanted))
+            assert not any(
+                f"modules_to_save.{idle}" in name and p.requires_grad for name, p in adapted.named_parameters()
+            )
+        with pytest.raises(ar.ArtifactError, match=r"attn_res\.0\.query twice, the second time as .*other"):
+            ar.load_attnres_parameters(adapted, adapted.state_dict())
+
     def test_detach_forgets_the_config(self, llama):
         ar.attach(llama, ar.AttnResConfig(num_blocks=3))
         ar.detach(llama)
