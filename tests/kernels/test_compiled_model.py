@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.routes import launches, reset_launches
@@ -59,3 +60,15 @@ def test_under_autocast_they_compute_what_plain_pytorch_does():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(ids), model(ids))
     assert "add_merge_norm.forward (C++)" in launches()
+
+
+@pytest.mark.parametrize("schedule", ["direct", "two_phase"])
+def test_sizes_are_dynamic_from_the_second_on(schedule):
+    config = ar.AttnResConfig(block_size=3, schedule=schedule)
+    example = torch.zeros(2, 6, dtype=torch.long)
+    model = ar.rewrite(Gpt(depth=2).eval(), (example,), config=config, verify=False)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, length in ((2, 6), (3, 7), (4, 9)):
+        compiled(torch.zeros(batch, length, dtype=torch.long))
+    assert counter.frame_count == 2

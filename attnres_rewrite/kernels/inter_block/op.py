@@ -11,6 +11,7 @@ logits, another the mixes, and that one is a checkpoint. Run eagerly, they are k
 makes both.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,7 +181,8 @@ def _empty_mixes(sources: Sequence[Tensor], probes: Tensor) -> tuple[list[Tensor
 
 
 def _empty_scalars(sources: Sequence[Tensor], probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_queries = sources[0].shape[:-1].numel(), probes.shape[0]
+    # not shape.numel(), which makes a dynamic size the one it has now
+    num_tokens, num_queries = math.prod(sources[0].shape[:-1]), probes.shape[0]
     rstd = probes.new_empty(num_tokens, len(sources))
     return probes.new_empty(num_queries, num_tokens), rstd, probes.new_empty(*rstd.shape, num_queries)
 

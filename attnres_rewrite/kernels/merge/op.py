@@ -7,6 +7,7 @@
 One op serves both: a merge adds nothing and has norm "none".
 """
 
+import math
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _(partial: Tensor, update: Tensor | None, *arguments: Any) -> tuple[Tensor, 
     out = torch.empty(partial.shape, dtype=partial.dtype, device=partial.device)
     total = partial.new_empty(0) if update is None else torch.empty_like(out)
     probe = arguments[2]
-    return total, out, probe.new_empty(partial.shape[:-1].numel(), 4)
+    return total, out, probe.new_empty(math.prod(partial.shape[:-1]), 4)
 
 
 @torch.library.custom_op("attnres::merge_backward", mutates_args=())

@@ -3,6 +3,7 @@
 %read = block_attn_res(sources=[%embedding, %block_1, %partial], query=%q, key_norm=%g, eps=1e-6, output="sum")
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def read(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tup
 
 @read.register_fake
 def _(sources: list[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, ...]:
-    num_tokens = sources[0].shape[:-1].numel()
+    num_tokens = math.prod(sources[0].shape[:-1])
     scalars = probe.new_empty(num_tokens, len(sources))
     out = torch.empty(sources[0].shape, dtype=sources[0].dtype, device=probe.device)
     return out, scalars, torch.empty_like(scalars)
