@@ -209,6 +209,7 @@ class TestRecompiles:
             model(ids)
             model(ids.clone())
 
+    @pytest.mark.slow
     def test_a_new_length_recompiles_nothing_with_dynamic_shapes(self):
         model, new = attached(dynamic=True, **QUICK)
         model(ids)

@@ -30,6 +30,7 @@ def test_gradient_checkpointing_with_a_cache(llama):
     assert all(parameter.grad is not None for parameter in ar.attnres_parameters(llama))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_of_frozen_embeddings(llama):
     llama.config.use_cache = False
