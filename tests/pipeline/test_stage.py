@@ -229,7 +229,7 @@ def test_what_autocast_lowers_has_the_dtype_of_the_plan_on_the_wire():
     new = rewritten_from(Skip().float(), ar.AttnResConfig(block_size=4))
     (stage, _) = stages_of(plan := ar.partition(new, 2), 1, split=False)
     with torch.autocast("cpu", torch.bfloat16):
-        out = stage.forward_one_chunk(0, (ids,))
+        out = stage.forward_one_chunk(0, (ids,), {})
     assert "tanh" in plan.routes[0].sent
     assert [(value.dtype, value.requires_grad) for value in out] == [(torch.float32, True)] * 4
 
@@ -239,7 +239,7 @@ def test_a_stage_that_makes_something_else_than_the_plan_has():
     (stage, _) = stages_of(ar.partition(new, 2), 1, split=False)
     stage.submod.double()
     with pytest.raises(RuntimeError) as raised:
-        stage.forward_one_chunk(0, (ids,))
+        stage.forward_one_chunk(0, (ids,), {})
     assert "stage 0 made embedding as torch.float64 [2, 6, 16], and the plan has torch.float32" in str(
         raised.value.__cause__
     )
