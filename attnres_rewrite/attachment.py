@@ -10,8 +10,6 @@ a subclass of itself, of the same name, whose forward leaves a mark in what Dyna
 
 import functools
 import inspect
-import threading
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import CodeType
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 
 from attnres_rewrite.api import plan_program, report_plans
+from attnres_rewrite.attached_parts import count_original, guard_parts, release_parts
 from attnres_rewrite.capture import capture, refuse_rewritten
 from attnres_rewrite.carried_config import config_for, folder_with_queries, forget_config, note_config
 from attnres_rewrite.config import AttnResConfig, check_config
@@ -36,9 +35,6 @@ from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
 BATCH, SEQ = 2, 16
-# how many `original` run of each model, by its id, in all threads
-_originals: Counter[int] = Counter()
-_originals_lock = threading.Lock()
 
 
 class Attached:
@@ -105,6 +101,7 @@ def attach(
     try:
         add_parameters(model, planned.plans, config)
         _become(model, attachment)
+        guard_parts(model, attachment)
         if folder is not None:
             load_attnres_parameters(model, folder)
     except BaseException:
@@ -138,6 +135,7 @@ def detach(model: nn.Module) -> None:
 
 def _take_off(model: Any, attachment: Attachment) -> None:
     """Undo what attach() did so far."""
+    release_parts(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in attachment.parameter_names:
         owner = modules.get(name.rpartition("attn_res.")[0].rstrip("."))
@@ -175,25 +173,11 @@ def original(model: nn.Module) -> Generator[None]:
     parts = list(attached_parts(model))
     try:
         for part in parts:
-            _count_original(part, 1)
+            count_original(part, 1)
         yield
     finally:
         for part in parts:
-            _count_original(part, -1)
-
-
-def _count_original(part: Any, change: int) -> None:
-    # the last of several threads switches the model back
-    with _originals_lock:
-        _originals[id(part)] += change
-        part._attnres_original = _originals[id(part)] > 0
-        if not part._attnres_original:
-            del _originals[id(part)]
-
-
-def runs_original() -> bool:
-    """Say whether some model runs inside `original`, in any thread."""
-    return bool(_originals)
+            count_original(part, -1)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -272,7 +256,8 @@ def _raise_what_stopped_dynamo(model: Any, code: CodeType, args: tuple[Any, ...]
     trace_again(code)
     for name in model._attnres_names:
         parameter_of(model, name)
-    model._attnres_base.forward(model, *args, **kwargs)
+    with original(model):
+        model._attnres_base.forward(model, *args, **kwargs)
     raise NotCompiledError(
         explain(
             f"torch.compile gave up this {model._attnres_base.__name__}, and would run it without its reads",

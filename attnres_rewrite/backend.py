@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.api import plan_program, put_reads_in
-from attnres_rewrite.attachment import runs_original
+from attnres_rewrite.attached_parts import refuse_parts, runs_original, take_out_parts
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     GraphBreakError,
@@ -72,6 +72,10 @@ def attnres(
     chosen = Options.of(mode, options)
     _refuse_split_graphs()
     marks = list(gm.graph.find_nodes(op="call_function", target=_MARK))
+    if marks or runs_original():
+        take_out_parts(gm)
+    else:
+        refuse_parts(gm)
     if marks:
         attachment = Attachment.from_json(marks[0].args[1])  # type: ignore[arg-type]
         chosen.check(attachment.config)

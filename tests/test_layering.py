@@ -63,7 +63,7 @@ LEVELS = (
         "page",
         "unflatten",
     },
-    {"attachment", "attached_rewrite", "backend", "cli"},
+    {"attached_parts", "attachment", "attached_rewrite", "backend", "cli"},
     {"__init__", "__main__"},
 )
 FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "model_state", "module", "report"}
