@@ -131,6 +131,7 @@ class TestItComputesTheRewrite:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name].grad)
 
+    @pytest.mark.slow
     def test_under_activation_checkpoints(self):
         class Checkpointed(Gpt):
             def forward(self, ids):
@@ -218,6 +219,7 @@ class TestRecompiles:
                 model(torch.zeros(shape, dtype=torch.long))
         torch.testing.assert_close(model(ids), new(ids))
 
+    @pytest.mark.slow
     def test_a_new_length_alone_makes_shapes_dynamic(self):
         model, _ = attached()
         for length in (8, 9, 10, 11):

@@ -22,7 +22,7 @@ class Picky(Gpt):
         return super().forward(ids)
 
 
-@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("called_before", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_error_of_the_model_is_raised_and_harms_no_later_call(called_before):
     model, new = attached(Picky(depth=2).double())
     if called_before:

@@ -45,8 +45,11 @@ def skip_without(package):
 
 def _cases():
     # other tests do the same in less time
-    slow = dict.fromkeys(["05_trainer_huggingface", "08_data_parallel", "13_pipeline_checkpoint"], pytest.mark.slow)
-    return [pytest.param(script, id=script.stem, marks=slow.get(script.stem, ())) for script in SCRIPTS]
+    slow = {"05", "06", "08", "11", "12", "13", "14"}
+    return [
+        pytest.param(script, id=script.stem, marks=pytest.mark.slow if script.stem[:2] in slow else ())
+        for script in SCRIPTS
+    ]
 
 
 @pytest.mark.parametrize("script", _cases())

@@ -36,7 +36,7 @@ def assert_ours_is_gone(program: ExportedProgram) -> None:
     )
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rewrite_is_exported_with_dynamic_sizes(new, strict):
     program = torch.export.export(new, (ids,), dynamic_shapes=SIZES, strict=strict)
     assert_ours_is_gone(program)

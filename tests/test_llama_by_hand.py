@@ -117,7 +117,9 @@ def parameters_by_hand(by_hand: AttnResLlama, new: ar.RewrittenModule) -> list[t
     return pairs
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    "block_size", [1, pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_rewritten_llama_is_the_attention_residuals_llama_of_the_paper(block_size, monkeypatch):
     # transformers' norm and rotary embedding go through float32; here everything stays in float64
     torch.manual_seed(0)

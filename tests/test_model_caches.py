@@ -32,6 +32,7 @@ def test_a_model_that_returns_its_cache_is_rewritten_saved_and_loaded(tmp_path):
         torch.testing.assert_close(found.past_key_values.layers[1].keys, expected.past_key_values.layers[1].keys)
 
 
+@pytest.mark.slow
 def test_a_cache_that_torch_cannot_see_into_is_refused_with_the_way_out():
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)

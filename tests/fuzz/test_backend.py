@@ -1,6 +1,6 @@
 """Generated networks through torch.compile(backend="attnres"): what rewrite() computes, with gradients, in both modes.
 
-12 networks by default, 500 with `-m slow`. Random numbers are mostly drawn in one order, so a seed gives both the same.
+3 networks by default, 500 with `-m slow`. Random numbers are mostly drawn in one order, so a seed gives both the same.
 They run in float64, in which their depth and their large queries make no noise of rounding, but for those that cast to
 float32 themselves. A wrong graph is off by far more than either.
 """
@@ -95,8 +95,8 @@ def check(seed: int) -> None:
             assert_alike(found, results(new, args, backend="aot_eager"))
 
 
-# those of the first dozen that compile in a few seconds
-QUICK = (0, 2, 5, 7, 9, 11)
+# those of the first dozen that compile in the fewest seconds
+QUICK = (5, 7, 9)
 
 
 @pytest.mark.parametrize("seed", QUICK)

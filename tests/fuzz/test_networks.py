@@ -12,7 +12,7 @@ from .negatives import NegativeSpec, negative_specs
 from .networks import Generated, build
 from .specs import CHOICES, CYCLES, NetworkSpec, random_spec, why_not
 
-SEEDS = range(60)
+SEEDS = range(20)
 ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
