@@ -62,7 +62,7 @@ def _ids(model: Any, batch: int, seq: int, draw: torch.Generator) -> Any:
     special = _special_ids(model.config)
     words = [token for token in range(size) if token not in special] or list(range(size))
     drawn = torch.randint(len(words), (batch, seq), device="cpu", generator=draw)
-    return torch.tensor(words)[drawn].to(model.device)
+    return torch.tensor(words, device="cpu")[drawn].to(model.device)
 
 
 def _special_ids(config: Any) -> set[int]:

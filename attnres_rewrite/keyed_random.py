@@ -26,8 +26,8 @@ def _mix(word: Tensor) -> Tensor:
 
 def make_key(seed: int, step: int, microbatch: int) -> Tensor:
     """Return the key [] of one microbatch of one step, in host memory."""
-    words = torch.tensor([seed & _WORD, seed >> 32 & _WORD, step & _WORD, microbatch & _WORD])
-    key = torch.zeros((), dtype=torch.int64)
+    words = torch.tensor([seed & _WORD, seed >> 32 & _WORD, step & _WORD, microbatch & _WORD], device="cpu")
+    key = torch.zeros((), dtype=torch.int64, device="cpu")
     for word in words:
         key = _mix((_mix(key ^ word) + 0x5851F42D) & _WORD)
     return key

@@ -81,7 +81,7 @@ def _lifted_parameter(value: Tensor, index: int, perturb_constants: bool) -> Ten
     copied = value.detach().to(torch.float64, copy=True)
     if perturb_constants and copied.numel() and bool((copied == copied.flatten()[0]).all()):
         noise = torch.Generator().manual_seed(index)
-        copied += 0.1 * torch.randn(copied.shape, generator=noise, dtype=torch.float64).to(copied.device)
+        copied += 0.1 * torch.randn(copied.shape, generator=noise, dtype=torch.float64, device="cpu").to(copied.device)
     return copied.requires_grad_()
 
 

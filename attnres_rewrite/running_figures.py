@@ -68,9 +68,9 @@ class Side:
         flat = torch.cat([part.to(self._device) for part in parts]).cpu()
         sizes = [1, len(rows), len(gradients), sum(widths), sum(widths)]
         first, squares, grads, means, deviations = flat.split(sizes)
-        elements = torch.tensor([found[0] for found in rows], dtype=torch.float64)
-        tokens = torch.tensor([found[0] for found in moments], dtype=torch.float64)
-        tokens = tokens.repeat_interleave(torch.tensor(widths, dtype=torch.int64))
+        elements = torch.tensor([found[0] for found in rows], dtype=torch.float64, device="cpu")
+        tokens = torch.tensor([found[0] for found in moments], dtype=torch.float64, device="cpu")
+        tokens = tokens.repeat_interleave(torch.tensor(widths, dtype=torch.int64, device="cpu"))
         return Measured(float(first), elements, squares, grads, tokens, means, deviations)
 
     def add(self, batch: Measured) -> None:

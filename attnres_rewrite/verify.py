@@ -170,7 +170,7 @@ def _outputs_and_loss(forward: Callable[[], Sequence[Any]]) -> tuple[list[Any], 
         loss: Tensor | None = None
         for value in outputs:
             if isinstance(value, Tensor) and value.dtype.is_floating_point:
-                weight = torch.randn(value.shape, generator=noise, dtype=torch.float64).to(value)
+                weight = torch.randn(value.shape, generator=noise, dtype=torch.float64, device="cpu").to(value)
                 if value.requires_grad:
                     finite = torch.where(torch.isfinite(value), value, torch.zeros_like(value))
                     term = (finite * weight).sum()

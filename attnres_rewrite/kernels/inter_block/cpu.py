@@ -70,7 +70,7 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Return what mix_forward does, reading the sources once."""
     rows, (num_queries, width) = rows_of(sources), probes.shape
-    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype) for _ in range(num_queries)]
+    outs = [torch.empty_like(sources[0], memory_format=torch.contiguous_format) for _ in range(num_queries)]
     rstd = probes.new_empty(rows.num_rows, len(sources))
     logit, lse = probes.new_empty(*rstd.shape, num_queries), probes.new_empty(num_queries, rows.num_rows)
     count("inter_block.forward (C++)")
@@ -85,7 +85,7 @@ def forward(
 def mix_forward(sources: Sequence[Tensor], logit: Tensor, factors: Sequence[float]) -> tuple[list[Tensor], Tensor]:
     """Return Q mixes times their factors, contiguous [..., D], and float32 lse [Q, T], as triton_forward does."""
     rows, width, num_queries = rows_of(sources), sources[0].shape[-1], logit.shape[-1]
-    outs = [torch.empty(sources[0].shape, dtype=sources[0].dtype) for _ in range(num_queries)]
+    outs = [torch.empty_like(sources[0], memory_format=torch.contiguous_format) for _ in range(num_queries)]
     lse = logit.new_empty(num_queries, rows.num_rows)
     count("inter_block.forward (C++)")
     sizes = rows.num_rows, len(sources), num_queries, width
@@ -126,7 +126,7 @@ def mix_backward(
     of_query = [next(numbers) if grad is not None else -1 for grad in grads] or [-1] * num_queries
     rows = rows_of([*sources, *given])
     chunks = num_chunks(rows.num_rows, probes)
-    dsources = [torch.empty(source.shape, dtype=source.dtype) for source in sources]
+    dsources = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
     parts, dprobes = probes.new_empty(chunks, num_queries, width), torch.empty_like(probes)
     dlse = None if dlse is None else dlse.contiguous()
     sizes = rows.num_rows, len(sources), num_queries, width

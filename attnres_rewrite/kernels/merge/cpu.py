@@ -65,7 +65,7 @@ def merge_forward(
     """Return the new partial sum or an empty tensor, the normed mix and stats [T, 4], as triton_forward does."""
     inputs = [partial, inter_out] if update is None else [partial, inter_out, update]
     rows = rows_of(inputs)
-    out = torch.empty(partial.shape, dtype=partial.dtype)
+    out = torch.empty_like(partial, memory_format=torch.contiguous_format)
     total = partial.new_empty(0) if update is None else torch.empty_like(out)
     stats = probe.new_empty(rows.num_rows, 4)
     lse, weight, bias = lse.contiguous(), _float_vector(norm_weight), _float_vector(norm_bias)
@@ -86,8 +86,8 @@ def merge_backward(
     grads = [each if each.stride(-1) == 1 else each.contiguous() for each in (grad, grad_total) if each is not None]
     inputs = [total, inter_out, *grads]
     rows, width = rows_of(inputs), total.shape[-1]
-    dtotal, dinter = (torch.empty(like.shape, dtype=like.dtype) for like in (total, inter_out))
-    dlse = torch.empty(lse.shape, dtype=torch.float32)
+    dtotal, dinter = (torch.empty_like(like, memory_format=torch.contiguous_format) for like in (total, inter_out))
+    dlse = torch.empty_like(lse, dtype=torch.float32, memory_format=torch.contiguous_format)
     num_vectors = 1 + (norm_weight is not None) + has_bias
     chunks = num_chunks(rows.num_rows, probe)
     parts, dvectors = probe.new_empty(chunks, num_vectors, width), probe.new_empty(num_vectors, width)

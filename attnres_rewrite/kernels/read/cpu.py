@@ -14,7 +14,7 @@ from attnres_rewrite.kernels.rows import rows_of
 def read_forward(sources: Sequence[Tensor], probe: Tensor, eps: float, factor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mix times `factor` [..., D], float32 rstd [T, S] and logits [T, S]; as triton_forward does."""
     rows, width = rows_of(sources), sources[0].shape[-1]
-    out = torch.empty(sources[0].shape, dtype=sources[0].dtype)
+    out = torch.empty_like(sources[0], memory_format=torch.contiguous_format)
     rstd, logit = (probe.new_empty(rows.num_rows, len(sources)) for _ in range(2))
     count("read.forward (C++)")
     sizes = rows.num_rows, len(sources), 1, width
