@@ -131,7 +131,9 @@ def random_reads(
             ):
                 if name in parameters:
                     like = parameters[name]
-                    value = centre + spread * torch.randn(like.shape, generator=noise, dtype=torch.float64, device="cpu")
+                    value = centre + spread * torch.randn(
+                        like.shape, generator=noise, dtype=torch.float64, device="cpu"
+                    )
                     drawn[name] = value.to(like.device).requires_grad_()
     return drawn
 
