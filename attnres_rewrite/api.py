@@ -26,6 +26,7 @@ from attnres_rewrite.passes.find_stream import find_stream
 from attnres_rewrite.passes.fuse_reads import fuse_reads
 from attnres_rewrite.passes.grad_modes import refuse_mixed_grad_modes
 from attnres_rewrite.passes.insert_reads import add_parameters, insert_reads
+from attnres_rewrite.passes.join_slices import join_slices
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.passes.plan_blocks import plan_blocks
 from attnres_rewrite.passes.relax_checks import relax_checks
@@ -188,6 +189,7 @@ class Planned:
 def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
     """Run the passes up to the plan; additions and views are spelled anew, nothing else changes."""
     normalize_adds(program)
+    join_slices(program.graph)
     search = find_stream(program)
     refuse_mixed_grad_modes(program.graph, search.streams)
     relax_views(program.graph, search.streams)

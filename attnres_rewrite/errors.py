@@ -51,7 +51,7 @@ class PostNormError(NoStreamError):
 
 
 class ParallelStreamsError(NoStreamError):
-    """Several streams exchange updates, so none of them is the residual stream."""
+    """Several streams exchange updates otherwise than through norms, so none of them is the residual stream."""
 
 
 class AlreadyRewrittenError(RewriteError):

@@ -79,6 +79,15 @@ def reads_shape_only(node: fx.Node) -> bool:
     return op_name(node) in _SHAPE_ONLY
 
 
+_LIKE_ANOTHER = frozenset("type_as expand_as view_as reshape_as".split())
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the inputs of a node but for y of x.type_as(y), x.expand_as(y) and the like: y only lends its form."""
+    inputs = node.all_input_nodes
+    return inputs[:1] if op_name(node) in _LIKE_ANOTHER else inputs
+
+
 def is_floating(node: object) -> bool:
     """Say whether `node` is one floating-point tensor."""
     value = tensor_of(node)

@@ -114,6 +114,7 @@ class _Cut:
 
 
 def _cut(graph: fx.Graph, root: nn.Module, names: Sequence[str], schedule: Schedule) -> _Cut:
+    _put_off_reads(graph)
     nodes = list(graph.nodes)
     regions = _regions(nodes, root, names)
     outer, env = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -148,6 +149,13 @@ def _cut(graph: fx.Graph, root: nn.Module, names: Sequence[str], schedule: Sched
         fuse_reads(each)
         relax_checks(each)
     return _Cut(outer, units, bodies)
+
+
+def _put_off_reads(graph: fx.Graph) -> None:
+    """Move each read to its first reader: of two streams, one may be done with a layer before the other is."""
+    for node in reversed(list(graph.nodes)):
+        if node.users and ("attn_res" in node.meta or "gate_of" in node.meta):
+            min(node.users).prepend(node)
 
 
 def _regions(nodes: Sequence[fx.Node], root: nn.Module, names: Sequence[str]) -> dict[str, range]:

@@ -1,5 +1,6 @@
 """torch.compile(backend="attnres"): what rewrite() computes, in every way a model is run; caches."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,9 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import attnres_rewrite as ar
 from attnres_rewrite import functional
 from tests.attached import CONFIG, QUICK, assert_same, attached, ids, small
+from tests.joint import mm_dit
 from tests.networks import Gpt
 
 PARTITIONED = {"backend": "attnres", "options": {"backend": "aot_eager_decomp_partition"}}
+_NEEDS_FLOAT64_ATTENTION = pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="Inductor of torch 2.11 has no attention in float64 on a CPU"
+)
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")
 
 
@@ -57,15 +62,26 @@ class TestItComputesTheRewrite:
         assert_same(*attached(config=config), rtol=1e-10, atol=1e-10)
 
     @pytest.mark.slow
+    @_NEEDS_FLOAT64_ATTENTION
     def test_a_variant_through_inductor(self):
         config = ar.AttnResConfig(num_heads=4, gate=True, recency_bias=1.0)
         assert_same(*attached(small(depth=1), config, backend="attnres"), rtol=1e-10, atol=1e-10)
 
-    @pytest.mark.skipif(
-        torch.__version__ < (2, 12), reason="Inductor of torch 2.11 has no attention in float64 on a CPU"
-    )
+    @_NEEDS_FLOAT64_ATTENTION
     def test_through_inductor(self):
         assert_same(*attached(small(depth=1), backend="attnres"), rtol=1e-10, atol=1e-10)
+
+    def test_two_streams_side_by_side_and_one_behind_them(self):
+        config = ar.AttnResConfig(block_size=2)
+        model, inputs = mm_dit(single=2)
+        new = ar.rewrite(copy.deepcopy(model), inputs, config=config, verify=False)
+        ar.attach(model, config, inputs)
+        with torch.no_grad():
+            for parameter in ar.attnres_parameters(model):
+                parameter.add_(torch.randn_like(parameter))
+        new.load_state_dict(model.state_dict())
+        model.compile(**QUICK)
+        torch.testing.assert_close(model(*inputs), new(*inputs))
 
     def test_as_a_compiled_module_and_as_a_compiled_forward(self):
         model, new = attached()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import attnres_rewrite as ar
 from attnres_rewrite.kernels.inter_block.op import inter_block
 from attnres_rewrite.kernels.merge.op import add_merge_norm
+from tests.joint import mm_dit
 from tests.networks import VOCAB, Gpt, ids
 from tests.processes import run_on_ranks
 
@@ -58,6 +60,20 @@ def test_the_same_function_in_both_modes(config):
         assert_same(model.train(mode), new.train(mode))
         assert all(module.training == mode for module in model.modules())
         assert_same(model, new, torch.randint(0, VOCAB, (3, 5)))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layers_of_two_streams_side_by_side(config):
+    model, inputs = mm_dit(single=2)
+    if config.output == "mean" and not config.gate:
+        config = replace(config, output="sum")
+    model, inputs = model.double(), tuple(value.double() for value in inputs)
+    new = ar.rewrite(model, inputs, config=config, verify=False)
+    with torch.no_grad():
+        for parameter in ar.attnres_parameters(new):
+            parameter.add_(torch.randn_like(parameter))
+    # a stream is done with a layer before the other is, and its read belongs to the next one
+    torch.testing.assert_close(ar.unflatten(new, "layers.*")(*inputs), new(*inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_what_goes_into_each_layer_and_comes_out():

@@ -12,7 +12,7 @@
 4. describe: the channel axis, the readers of every state, and which states have a reader of their scale.
 
 Does not handle: an active dropout on the stream itself, and streams cut by `cat` or by a change of width
-(each piece may be a stream of its own). Streams that exchange updates are refused.
+(each piece may be a stream of its own). Streams that exchange updates are refused, but for those of joint_streams.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,7 @@ from attnres_rewrite.fxgraph import (
     reads_shape_only,
     source_line,
     tensor_of,
+    value_inputs,
 )
 from attnres_rewrite.passes import add_reasons
 from attnres_rewrite.passes.carriers import carried_input, carriers_between
@@ -197,7 +198,7 @@ def _readers(state: fx.Node, following: Update | None) -> set[fx.Node]:
     while todo:
         value = todo.pop()
         for user in value.users:
-            if reads_shape_only(user):
+            if reads_shape_only(user) or value not in value_inputs(user):
                 continue
             if carried_input(user) is value:
                 todo.append(user)

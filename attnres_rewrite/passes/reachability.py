@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from attnres_rewrite.fxgraph import is_floating, op_name, shape_of
+from attnres_rewrite.fxgraph import is_floating, op_name, shape_of, value_inputs
 from attnres_rewrite.passes.carriers import CASTS, DROPOUTS, VIEWS, carried_input, stream_root
 from attnres_rewrite.passes.normalize_adds import ADD
 
@@ -73,7 +73,7 @@ class Reachability:
 
     def _sweep(self, node: fx.Node) -> None:
         own = self.bit.get(node, 0)
-        inputs = node.all_input_nodes
+        inputs = value_inputs(node)
         seen = mixed = 0
         for source in inputs:
             seen |= self.seen[source]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import fx
 
-from attnres_rewrite.fxgraph import is_floating, op_name, place_of, reads_shape_only, written_inputs
+from attnres_rewrite.fxgraph import is_floating, op_name, place_of, reads_shape_only, value_inputs, written_inputs
 from attnres_rewrite.passes import post_norm
 from attnres_rewrite.passes.carriers import carried_input, carriers_between, stream_root
 from attnres_rewrite.passes.chains import Chain
+from attnres_rewrite.passes.joint_streams import Group, joint_groups
 from attnres_rewrite.passes.normalize_adds import SharedMemory
 from attnres_rewrite.passes.reachability import Reachability
 
@@ -28,6 +29,7 @@ def select_chains(chains: Sequence[Chain], reach: Reachability) -> Selection:
     """Drop every chain that some reason speaks against; the reasons are asked in a fixed order."""
     dropped: dict[fx.Node, str] = {}
     kept: list[Chain] = []
+    unfinished: list[Chain] = []  # of chains that reach no output, what does
     alive = _nodes_before_output(reach)
     for whole in chains:
         chain = _trimmed(whole)
@@ -36,16 +38,22 @@ def select_chains(chains: Sequence[Chain], reach: Reachability) -> Selection:
         dropped |= {add.node: reason or _NOT_READING for add in lost}
         if reason is None:
             kept.append(chain)
-    by_rule: dict[_Rule, list[Chain]] = {}
+        elif reason == _DEAD:
+            unfinished.append(_living(chain, alive))
+    joint = joint_groups([chain for chain in (*kept, *unfinished) if len(chain.adds) > 1], reach, _exchange)
+    kept += [chain for chain in unfinished if any(chain.end in group for group in joint)]
+    on_kept = {add.node for chain in kept for add in chain.adds}
+    dropped = {add: reason for add, reason in dropped.items() if add not in on_kept}
+    by_rule: dict[str, list[Chain]] = {}
     for rule in (_overwritten, _stars, _nested, _cut_by_norm, _cut_by_activation, _single, _exchanging):
-        reasons = rule(kept, reach)
-        by_rule[rule] = [kept[index] for index in reasons]
+        reasons = rule(kept, reach, joint)
+        by_rule[rule.__name__] = [kept[index] for index in reasons]
         for index, reason in reasons.items():
             dropped |= {add.node: reason for add in kept[index].adds}
         kept = [chain for index, chain in enumerate(kept) if index not in reasons]
-    exchanging = by_rule[_exchanging] or (_leaking(by_rule[_stars], reach) if not kept else [])
+    exchanging = by_rule["_exchanging"] or (_leaking(by_rule["_stars"], reach) if not kept else [])
     kept.sort(key=lambda chain: reach.position[chain.root])
-    return Selection(tuple(kept), dropped, tuple(by_rule[_cut_by_norm]), tuple(exchanging))
+    return Selection(tuple(kept), dropped, tuple(by_rule["_cut_by_norm"]), tuple(exchanging))
 
 
 _NOT_READING = "adds a value that does not read the stream"
@@ -55,6 +63,11 @@ def _why_no_stream(chain: Chain, alive: set[fx.Node]) -> str | None:
     if not any(add.kind == "residual" for add in chain.adds):
         return _NOT_READING
     return None if chain.end in alive else _why_dead(chain)
+
+
+def _living(chain: Chain, alive: set[fx.Node]) -> Chain:
+    """Cut off the adds that reach no output: of two streams that run side by side, one may be read for the other."""
+    return Chain(chain.root, tuple(add for add in chain.adds if add.node in alive))
 
 
 def _trimmed(chain: Chain) -> Chain:
@@ -76,7 +89,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
         for user in value.users:
             if carried_input(user) is value:
                 todo.append(user)
-            elif not reads_shape_only(user):
+            elif not reads_shape_only(user) and value in value_inputs(user):
                 users.append(user)
     return users[0] if len(users) == 1 else None
 
@@ -84,7 +97,10 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _why_dead(chain: Chain) -> str:
     if any(written_inputs(user) for user in chain.end.users):
         return "is written in place into another tensor: a recurrence inside a layer"
-    return "its result reaches no output"
+    return _DEAD
+
+
+_DEAD = "its result reaches no output"
 
 
 def _nodes_before_output(reach: Reachability) -> set[fx.Node]:
@@ -96,10 +112,9 @@ def _nodes_before_output(reach: Reachability) -> set[fx.Node]:
 
 
 Reasons = dict[int, str]  # index of a dropped chain -> why
-_Rule = Callable[[Sequence[Chain], Reachability], Reasons]
 
 
-def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _overwritten(chains: Sequence[Chain], reach: Reachability, _: Sequence[Group]) -> Reasons:
     """What is written into later, a state, a copy or view of it, or an update, is not what its node says in a read."""
     writers = [node for node in reach.nodes if any(is_floating(target) for target in written_inputs(node))]
     if not writers:
@@ -121,16 +136,19 @@ def _overwritten(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     return reasons
 
 
-def _stars(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _stars(chains: Sequence[Chain], reach: Reachability, joint: Sequence[Group]) -> Reasons:
     """A stream carries its state on: mostly, the next add lies on every way from a state to the outputs.
 
-    A mask or a position bias that is added in every layer is no stream: what follows leaves it behind.
+    A mask or a position bias that is added in every layer is no stream: what follows leaves it behind. A stream beside
+    others is left by what they read of it.
     """
     if not chains:
         return {}
     closer = _post_dominators(chains, reach)
     reasons: Reasons = {}
     for index, chain in enumerate(chains):
+        if any(chain.end in group for group in joint):
+            continue
         carried = sum(
             _passes_through(state, add.node, closer, reach)
             for state, add in zip(chain.states, chain.adds, strict=False)
@@ -146,7 +164,7 @@ _LEFT_BEHIND = "most of its states are also used past the next one: a recurrence
 
 def _leaking(stars: Sequence[Chain], reach: Reachability) -> list[Chain]:
     """Of the stars, those that exchange updates: with no stream beside them they are streams that leak."""
-    return [stars[index] for index in _exchanging(stars, reach)]
+    return [stars[index] for index in _exchanging(stars, reach, ())]
 
 
 def _post_dominators(chains: Sequence[Chain], reach: Reachability) -> dict[fx.Node, fx.Node]:
@@ -155,7 +173,7 @@ def _post_dominators(chains: Sequence[Chain], reach: Reachability) -> dict[fx.No
     backwards: nx.DiGraph = nx.DiGraph()
     output = reach.nodes[-1]
     for node in reach.nodes:
-        for source in node.all_input_nodes:
+        for source in value_inputs(node):
             if node is output and stream_root(source) in states:
                 continue
             backwards.add_edge(node, source)
@@ -172,7 +190,7 @@ def _passes_through(state: fx.Node, add: fx.Node, closer: dict[fx.Node, fx.Node]
     return node is add
 
 
-def _nested(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _nested(chains: Sequence[Chain], reach: Reachability, _: Sequence[Group]) -> Reasons:
     """A chain that starts from another's stream and only feeds back into it lies in a branch of it."""
     if len(chains) < 2:
         return {}
@@ -190,25 +208,30 @@ def _nested(chains: Sequence[Chain], reach: Reachability) -> Reasons:
         first, entry = (_first_reached(state, outer, reach) for state in (inner.adds[0].node, inner.end))
         return entry is not None and first is entry and _passes_through(inner.end, entry, closer, reach)
 
-    return _pairwise(chains, lies_inside, "lies inside one branch of a stream", reach)
+    return _pairwise(chains, lies_inside, "lies inside one branch of a stream")
 
 
 def _first_reached(state: fx.Node, chain: Chain, reach: Reachability) -> fx.Node | None:
     return next((add.node for add in chain.adds if reach.reaches(state, add.node)), None)
 
 
-def _exchanging(chains: Sequence[Chain], reach: Reachability) -> Reasons:
-    return _pairwise(
-        chains,
-        lambda one, other: _feeds_later(one, other, reach) and _feeds_later(other, one, reach),
-        "belongs to one of several streams that exchange updates",
-        reach,
-    )
+def _exchanging(chains: Sequence[Chain], reach: Reachability, joint: Sequence[Group]) -> Reasons:
+    """Streams that feed each other, but for those of one group that is still complete."""
+    ends = {chain.end for chain in chains}
+    group_of = {end: number for number, group in enumerate(joint) if group <= ends for end in group}
+
+    def exchange(one: Chain, other: Chain) -> bool:
+        side_by_side = one.end in group_of and group_of[one.end] == group_of.get(other.end)
+        return not side_by_side and _exchange(one, other, reach)
+
+    return _pairwise(chains, exchange, "belongs to one of several streams that exchange updates")
 
 
-def _pairwise(
-    chains: Sequence[Chain], test: Callable[[Chain, Chain], bool], reason: str, reach: Reachability
-) -> Reasons:
+def _exchange(one: Chain, other: Chain, reach: Reachability) -> bool:
+    return _feeds_later(one, other, reach) and _feeds_later(other, one, reach)
+
+
+def _pairwise(chains: Sequence[Chain], test: Callable[[Chain, Chain], bool], reason: str) -> Reasons:
     return {
         index: reason
         for index, chain in enumerate(chains)
@@ -227,7 +250,7 @@ def _feeds_later(source: Chain, target: Chain, reach: Reachability) -> bool:
     return bool(reach.seen[target.end] & ~reach.seen[target.root] & adds & ~own)
 
 
-def _cut_by_norm(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _cut_by_norm(chains: Sequence[Chain], reach: Reachability, _: Sequence[Group]) -> Reasons:
     cut = post_norm.short_runs(chains, post_norm.links(chains))
     return {
         index: f"the sum passes through {through} before the next update (post-norm)"
@@ -236,12 +259,12 @@ def _cut_by_norm(chains: Sequence[Chain], reach: Reachability) -> Reasons:
     }
 
 
-def _cut_by_activation(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _cut_by_activation(chains: Sequence[Chain], reach: Reachability, _: Sequence[Group]) -> Reasons:
     cut = post_norm.short_runs(chains, post_norm.links(chains))
     return {index: f"the sum passes through {through} before the next update" for index, through in cut.items()}
 
 
-def _single(chains: Sequence[Chain], reach: Reachability) -> Reasons:
+def _single(chains: Sequence[Chain], reach: Reachability, _: Sequence[Group]) -> Reasons:
     return {
         index: "is the only update of its stream; a stream has two or more"
         for index, chain in enumerate(chains)

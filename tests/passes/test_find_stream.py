@@ -8,6 +8,7 @@ from attnres_rewrite.capture import capture
 from attnres_rewrite.errors import NoStreamError, ParallelStreamsError, PostNormError
 from attnres_rewrite.fxgraph import source_line
 from attnres_rewrite.passes.find_stream import find_stream
+from attnres_rewrite.passes.join_slices import join_slices
 from attnres_rewrite.passes.normalize_adds import normalize_adds
 from attnres_rewrite.records import StreamSearch
 from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
@@ -16,6 +17,7 @@ from tests.networks import WIDTH, Gpt, Layer, Mlp, gpt, gpt_of, ids
 def search(model: nn.Module, *args: Tensor) -> StreamSearch:
     gm = capture(model, args or (ids(),), both_modes=False).programs[model.training]
     normalize_adds(gm)
+    join_slices(gm.graph)
     return find_stream(gm)
 
 
@@ -275,3 +277,13 @@ def test_a_division_that_rounds_is_no_carrier():
 
     with pytest.raises(NoStreamError, match="the sum passes through div before the next update"):
         search(gpt_of(rounded))
+
+
+def test_a_state_that_only_lends_its_dtype_or_form_is_not_used_there():
+    spellings = (
+        lambda s, x: (x.float() + s.f(s.n1(x))).type_as(x),
+        lambda s, x: (x.flatten(0, 1) + s.f(s.n1(x)).flatten(0, 1)).view_as(x),
+    )
+    for step in spellings:
+        (stream,) = search(gpt_of(step, depth=4)).streams
+        assert [update.kind for update in stream.updates] == ["residual"] * 4
