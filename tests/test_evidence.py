@@ -245,6 +245,10 @@ def trained(tmp_path_factory):
         train.main([*where, "--variants", *READS])
         slower = ["--variants", "block", "full", "--read-lr", "0.25", "--out", str(out / "read_lr" / "x")]
         train.main(["--preset", "tiny", "--seeds", "0", *slower])
+        started = ["--embedding-std", "1"]
+        elsewhere = [str(out / "embedding_std" / "1"), str(out / "embedding_std" / "1" / "lr" / "x")]
+        train.main(["--preset", "tiny", "--seeds", "0", *started, "--out", elsewhere[0]])
+        train.main(["--preset", "tiny", *search[:-1], elsewhere[1], *started])
         retrofit.main([*where, "--variants", "original", "block", "recency_bias", "gate_and_bias"])
         retrofit.main([*where, "--variants", "gate_and_bias", "--read-lr", "4"])
         train.main(["--preset", "tiny", *search])
@@ -270,8 +274,18 @@ def test_commands_of_the_page_run_end_to_end(trained):
     slower = {run["variant"]: run for run in facts["read_lr"]["0.25"]["runs"]}
     assert {(variant, one["read_lr"]) for variant, one in slower.items()} == {("block", 0.25), ("full", 0.25)}
     assert all(one["final_validation"] != runs[variant]["final_validation"] for variant, one in slower.items())
+    larger = {run["variant"]: run for run in facts["embedding_std"]["1"]["runs"]}
+    assert {(variant, one["embedding_std"]) for variant, one in larger.items()} == {(name, 1) for name in VARIANTS}
+    assert all(one["final_validation"] != runs[variant]["final_validation"] for variant, one in larger.items())
+    assert [search["steps"] for search in facts["embedding_std"]["1"]["lr_search"]] == [4]
     assert facts["throughput"] is None
     assert tables.throughput(facts) == "Not run."
+
+
+def test_embeddings_may_start_larger_and_all_else_is_the_same():
+    small, large = (train.original(3, TINY, *std).state_dict() for std in ((), (0.04,)))
+    assert torch.equal(large.pop("tokens.weight"), 2 * small.pop("tokens.weight"))
+    assert all(torch.equal(large[name], value) for name, value in small.items())
 
 
 def test_bfloat16_run_follows_the_float32_run(models, tmp_path):
@@ -377,6 +391,10 @@ def test_runs_that_do_not_compare_are_refused(trained, tmp_path):
     train.write_json(tmp_path / "tiny" / "block-0" / "result.json", facts)
     with pytest.raises(ValueError, match=r"were made with --read-lr \[0\.5, 1\.0\]"):
         summarize.collect(tmp_path, "tiny")
+    facts |= {"read_lr": 1.0, "embedding_std": 1.0}
+    train.write_json(tmp_path / "tiny" / "block-0" / "result.json", facts)
+    with pytest.raises(ValueError, match=r"were made with --embedding-std \[0\.02, 1\.0\]"):
+        summarize.collect(tmp_path, "tiny")
     with pytest.raises(FileNotFoundError, match=r"train\.py makes them"):
         summarize.collect(tmp_path / "none", "tiny")
 
@@ -431,6 +449,8 @@ def test_results_say_which_read_was_trained():
         assert (run["read"], run["read_lr"]) == (fields_of(run["variant"]), 1)
     for rate, found in (*facts["read_lr"].items(), *facts["retrofit_read_lr"].items()):
         assert {run["read_lr"] for run in found["runs"]} == {float(rate)}
+    for std, found in facts["embedding_std"].items():
+        assert {(run["read_lr"], run["embedding_std"]) for run in found["runs"]} == {(1, float(std))}
     assert {(run["variant"], run["seed"]) for run in runs} == set(product([*VARIANTS, *READS], range(3)))
 
 

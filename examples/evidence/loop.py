@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model import INIT_STD
 from settings import Preset
 from text import Corpus
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ Say = Callable[[int, float, float | None], None]
 class Plan:
     """How long, how fast, and from which draw of batches; `read_lr` times `lr` is the rate of queries and gains.
 
-    `started_at` is the validation loss of the checkpoint that is trained on, None from the start.
+    `started_at` is the validation loss of the checkpoint that is trained on, None from the start, where embeddings are
+    drawn with the standard deviation `embedding_std`.
     """
 
     steps: int
@@ -39,6 +41,7 @@ class Plan:
     batch_seed: int
     read_lr: float = 1.0
     started_at: float | None = None
+    embedding_std: float = INIT_STD
 
 
 @dataclass(slots=True)

@@ -51,7 +51,7 @@ class Layer(nn.Module):
 class Gpt(nn.Module):
     """Bytes [batch, sequence] -> logits [batch, sequence, 256]."""
 
-    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, context: int, embedding_std: float = INIT_STD) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCAB, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
@@ -65,6 +65,9 @@ class Gpt(nn.Module):
         for layer in self.layers:
             for last in (layer.attention.out, layer.mlp.down):
                 nn.init.normal_(last.weight, std=INIT_STD / (2 * layers) ** 0.5)
+        # the same draws, so that all else is the same, too
+        with torch.no_grad():
+            self.tokens.weight.mul_(embedding_std / INIT_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]

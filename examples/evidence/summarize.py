@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model import INIT_STD
 from settings import PRESETS, READS, RETROFIT_READS, VARIANTS
 from tables import TABLES
 
@@ -49,7 +50,8 @@ def collect(out: Path, preset: str) -> Facts:
 
     Raises:
         FileNotFoundError: There is no run.
-        ValueError: Runs differ in text, versions, machine, preset or the rate of their reads: they do not compare.
+        ValueError: Runs differ in text, versions, machine, preset, start or the rate of their reads, so they do not
+            compare.
     """
     folder = out / preset
     runs, retrofits = _runs(out, preset)
@@ -58,14 +60,21 @@ def collect(out: Path, preset: str) -> Facts:
         raise FileNotFoundError(f"no run under {folder}: train.py makes them")
     if len(rates := {run["read_lr"] for run in (*runs, *retrofits)}) > 1:
         raise ValueError(f"the runs under {folder} were made with --read-lr {sorted(rates)}")
-    shared = _shared([*runs, *retrofits, *other_rates, *retrofits_at_other_rates])
+    if len(stds := {_embedding_std(run) for run in runs}) > 1:
+        raise ValueError(f"the runs under {folder} were made with --embedding-std {sorted(stds)}")
+    other_starts, _ = _runs(out, f"embedding_std/*/{preset}")
+    shared = _shared([*runs, *retrofits, *other_rates, *retrofits_at_other_rates, *other_starts])
     facts: Facts = dict(shared)
-    facts["lr_search"] = [
-        {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
-        for run in sorted(map(_read, out.glob("lr/*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
-    ]
+    facts["lr_search"] = _lr_search(out, "lr", INIT_STD)
     facts["training"] = compare(runs)
     facts["read_lr"] = _by_rate(other_rates)
+    facts["embedding_std"] = {
+        f"{std:g}": {
+            **compare(run for run in other_starts if _embedding_std(run) == std),
+            "lr_search": _lr_search(out, "embedding_std/*/lr", std),
+        }
+        for std in sorted(map(_embedding_std, other_starts))
+    }
     facts["retrofit"] = compare(retrofits) if retrofits else None
     facts["retrofit_read_lr"] = _by_rate(retrofits_at_other_rates)
     for name in ("throughput", "look"):
@@ -80,6 +89,19 @@ def _runs(out: Path, folder: str) -> tuple[list[Facts], list[Facts]]:
     for path in sorted(out.glob(f"{folder}/*/result.json")):
         found[path.parent.name.startswith("retrofit-")].append(_read(path))
     return found
+
+
+def _lr_search(out: Path, folder: str, std: float) -> list[Facts]:
+    runs = sorted(map(_read, out.glob(f"{folder}/*/*/*/result.json")), key=lambda run: run["preset"]["lr"])
+    return [
+        {"lr": run["preset"]["lr"], "steps": run["preset"]["steps"], "final_validation": run["final_validation"]}
+        for run in runs
+        if _embedding_std(run) == std
+    ]
+
+
+def _embedding_std(run: Mapping[str, Any]) -> float:
+    return run.get("embedding_std", INIT_STD)
 
 
 def _by_rate(runs: Sequence[Facts]) -> Facts:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from model import INIT_STD
 from settings import READS, RETROFIT_READS, VARIANTS
 
 Facts = Mapping[str, Any]
@@ -79,10 +80,35 @@ def read_lr(facts: Facts) -> str:
         sides = [(NAMES[name], found["final_validation"].get(name), _loss) for name in ("block", "full")]
         sides.append(("Full less Block", found["difference_to_block"].get("full"), _signed))
         for label, row, spelled in sides:
-            by_seed = {} if row is None else row["by_seed"]
-            mean = None if row is None else row["mean"]
-            rows.append([f"x{rate}", label, *(spelled(by_seed.get(seed)) for seed in seeds), spelled(mean)])
+            rows.append([f"x{rate}", label, *_by_seed(row, seeds, spelled)])
     return _table(["rate of the reads", "", *(f"seed {seed}" for seed in seeds), "mean"], rows)
+
+
+def embedding_std(facts: Facts) -> str:
+    """Final validation losses of models whose embeddings start larger, beside those of the others."""
+    if not facts["embedding_std"]:
+        return NOT_RUN
+    by_std = {f"{INIT_STD:g}": facts["training"], **facts["embedding_std"]}
+    seeds = sorted({seed for found in facts["embedding_std"].values() for seed in _seeds(found["final_validation"])})
+    rows: list[list[str]] = []
+    for std, found in sorted(by_std.items(), key=lambda item: float(item[0])):
+        losses, less = found["final_validation"], found["difference_to_original"]
+        sides = [(NAMES[name], losses.get(name), _loss) for name in VARIANTS]
+        sides += [(f"{NAMES[name]} less the original", less.get(name), _signed) for name in VARIANTS[1:]]
+        rows += [[std, label, *_by_seed(row, seeds, spelled)] for label, row, spelled in sides]
+    return _table(["s.d. of embeddings", "", *(f"seed {seed}" for seed in seeds), "mean"], rows)
+
+
+def embedding_std_lr_search(facts: Facts) -> str:
+    """The search of the learning rate of the original, from each start."""
+    if not facts["embedding_std"]:
+        return NOT_RUN
+    by_std = {f"{INIT_STD:g}": facts, **facts["embedding_std"]}
+    rows = [
+        [std, *(_loss(run["final_validation"]) for run in found["lr_search"])]
+        for std, found in sorted(by_std.items(), key=lambda item: float(item[0]))
+    ]
+    return _table(["s.d. of embeddings", *(f"at {run['lr']:g}" for run in facts["lr_search"])], rows)
 
 
 def throughput(facts: Facts) -> str:
@@ -205,6 +231,12 @@ def _row(row: Facts, seeds: Sequence[str], spelled: Callable[[float | None], str
     return [*(spelled(row["by_seed"].get(seed)) for seed in seeds), spelled(row["mean"]), _loss(row["sd"])]
 
 
+def _by_seed(row: Facts | None, seeds: Sequence[str], spelled: Callable[[float | None], str]) -> list[str]:
+    """Spell the values of the seeds and their mean; a row of nothing has none."""
+    found: Facts = {"by_seed": {}, "mean": None} if row is None else row
+    return [*(spelled(found["by_seed"].get(seed)) for seed in seeds), spelled(found["mean"])]
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -239,6 +271,8 @@ TABLES: dict[str, Callable[[Facts], str]] = {
         read_variants,
         read_variant_differences,
         read_lr,
+        embedding_std,
+        embedding_std_lr_search,
         throughput,
         retrofit_proof,
         retrofit_losses,

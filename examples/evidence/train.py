@@ -10,7 +10,8 @@ these.
     python examples/evidence/train.py --preset cpu --seeds 0 1 2 --variants gate num_heads key_rank recency_bias
 
 trains Block with each variant of its read. --lr and --steps are for the search of the learning rate, which was made for
-the original alone; --read-lr gives queries and gains another rate than the rest.
+the original alone; --read-lr gives queries and gains another rate than the rest, --embedding-std starts from larger or
+smaller embeddings.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from loop import Plan, Record, Say, machine, train
-from model import Gpt
+from model import INIT_STD, Gpt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from settings import PRESETS, READS, VARIANTS, Preset, config_of, fields_of
@@ -45,7 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         for variant in options.variants:
             folder = run_folder(options.out, options.preset, variant, seed)
-            record = train_variant(variant, seed, preset, corpus, folder, console, options.stop_at, options.read_lr)
+            record = train_variant(
+                variant,
+                seed,
+                preset,
+                corpus,
+                folder,
+                console,
+                options.stop_at,
+                options.read_lr,
+                options.embedding_std,
+            )
             report(console, f"{variant}, seed {seed}", record)
 
 
@@ -58,6 +69,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="instead of the preset's")
     parser.add_argument("--steps", type=int, help="instead of the preset's")
     parser.add_argument("--read-lr", type=float, default=1.0, help="of queries and gains, times the rate of the rest")
+    parser.add_argument("--embedding-std", type=float, default=INIT_STD, help="of the embeddings at the start")
     parser.add_argument("--stop-at", type=int, help="leave each run after this step; the same command goes on")
     return parser.parse_args(arguments)
 
@@ -71,27 +83,29 @@ def train_variant(
     console: Console,
     stop_at: int | None = None,
     read_lr: float = 1.0,
+    embedding_std: float = INIT_STD,
 ) -> Record:
     """Train one variant from one seed, or go on with it, and write `result.json`."""
-    model = build(variant, seed, preset)
-    plan = Plan(preset.steps, preset.warmup, preset.lr, BATCH_SEED + seed, read_lr)
+    model = build(variant, seed, preset, embedding_std)
+    plan = Plan(preset.steps, preset.warmup, preset.lr, BATCH_SEED + seed, read_lr, embedding_std=embedding_std)
     with progress(console, f"{variant}, seed {seed}", plan.steps) as say:
         record = train(model, corpus, preset, plan, folder, say, stop_at)
     named = {"variant": variant, "seed": seed, "read": fields_of(variant), "read_lr": read_lr}
+    named["embedding_std"] = embedding_std
     facts = {**named, "preset": preset.facts(), **record.facts(), **circumstances(corpus, preset)}
     write_json(folder / "result.json", facts)
     return record
 
 
-def original(seed: int, preset: Preset) -> Gpt:
+def original(seed: int, preset: Preset, embedding_std: float = INIT_STD) -> Gpt:
     """Return the untrained model of a seed, on the preset's device."""
     torch.manual_seed(seed)
-    return Gpt(preset.width, preset.layers, preset.heads, preset.context).to(preset.device)
+    return Gpt(preset.width, preset.layers, preset.heads, preset.context, embedding_std).to(preset.device)
 
 
-def build(variant: str, seed: int, preset: Preset) -> nn.Module:
+def build(variant: str, seed: int, preset: Preset, embedding_std: float = INIT_STD) -> nn.Module:
     """Return the untrained model of a variant: the same weights for each variant of a seed."""
-    return rewritten(original(seed, preset), variant, preset)
+    return rewritten(original(seed, preset, embedding_std), variant, preset)
 
 
 def rewritten(model: Gpt, variant: str, preset: Preset) -> nn.Module:
