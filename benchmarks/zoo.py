@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import attnres_rewrite as ar  # noqa: E402
-from benchmarks.zoo_table import coverage_page  # noqa: E402
+from benchmarks.zoo_table import LIBRARIES, coverage_page  # noqa: E402
 from tests.zoo import builders  # noqa: E402
 
 CONFIG = ar.AttnResConfig(block_size=2)
@@ -219,19 +220,18 @@ def write_results(rows: Sequence[Row], page: Path, data: Path) -> None:
 
 def versions() -> dict[str, Any]:
     """Return what the figures depend on."""
-    try:
-        import timm
-
-        timm_version = timm.__version__
-    except ImportError:
-        timm_version = "not installed"
     return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "timm": timm_version,
+        **{name: _version_of(name) for name in LIBRARIES},
         "cpu_cores": os.cpu_count(),
         "config": "block_size=2, output=sum",
     }
+
+
+def _version_of(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def _zoo(facts: Mapping[str, Any]) -> str:
     proven = [row for row in models if row["outcome"] == "proven"]
     heading = (
         f"Measured on {versions['cpu_cores']} CPU cores, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, timm {versions['timm']}; {versions['config']}."
+        f"{versions['transformers']}, timm {versions['timm']}, diffusers {versions['diffusers']}; {versions['config']}."
     )
     outcomes = Counter(row["outcome"] for row in models)
     rows = [

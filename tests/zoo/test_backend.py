@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="the zoo is built from transformers: 
 
 import attnres_rewrite as ar
 from tests.zoo.builders import Spec, hand_counted
-from tests.zoo.known import NEEDS_TIMM
+from tests.zoo.known import skip_without_its_library
 
 CONFIG = ar.AttnResConfig(block_size=2)
 LIMIT = 1e-10
@@ -66,8 +66,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def _pair(spec: Spec) -> tuple[nn.Module, ar.RewrittenModule, dict[str, Any]]:
     """Return an attached model with random queries and gains, the same rewritten, and inputs; all in float64."""
-    if spec.family == "timm" or spec.name in NEEDS_TIMM:
-        pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
+    skip_without_its_library(spec)
     torch._dynamo.reset()
     inputs = pytree.tree_map(lambda value: _cast(value, torch.float64), spec.inputs())
     model = spec.build().double()

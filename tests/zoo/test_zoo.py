@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="the zoo is built from transformers: 
 
 import attnres_rewrite as ar
 from tests.zoo.builders import Spec, hand_counted, sweep, timm_sweep
-from tests.zoo.known import NEEDS_TIMM, NOT_BUILT, NOT_CAPTURED
+from tests.zoo.known import NOT_BUILT, NOT_CAPTURED, skip_without_its_library
 
 FLOAT64_LIMIT = 1e-10
 
@@ -17,6 +17,7 @@ FLOAT64_LIMIT = 1e-10
 DEFAULT_RUN = """
     gpt2 gptj llama qwen3_moe gemma2 gemma4 phi falcon_alibi cohere granite bloom deepseek_v3 t5 vit
     dinov2 bert torch_encoder nanogpt_in_place nanogpt_unet nanogpt_nested timm_vit timm_swin timm_siglip
+    diffusers_sd3
 """
 
 
@@ -38,8 +39,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _rewrite(spec: Spec) -> ar.RewrittenModule:
-    if spec.family == "timm" or spec.name in NEEDS_TIMM:
-        pytest.importorskip("timm", reason="a timm model: pip install attnres-rewrite[zoo]")
+    skip_without_its_library(spec)
     return ar.rewrite(spec.build(), (), spec.inputs(), config=ar.AttnResConfig(block_size=2))
 
 
