@@ -70,7 +70,8 @@ def _blocks(stream: ResidualStream, config: AttnResConfig) -> tuple[range, ...]:
     assert isinstance(count, int)
     if count > total:
         raise ValueError(
-            f'num_blocks={count} is more than the {total} updates of {stream.name}; give at most {total}, or "full"'
+            f"num_blocks={count} is more than the {total} updates of {stream.name}; "
+            f'give at most {total}, "full", or a block_size, which suits streams of every length'
         )
     ends = [1 + (total * block + count - 1) // count for block in range(count + 1)]
     return tuple(range(start, end) for start, end in itertools.pairwise(ends))

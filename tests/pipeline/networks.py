@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import attnres_rewrite as ar
+from tests.joint import WIDTH, MmDit
 from tests.networks import VOCAB, Gpt
 
 BATCH, LENGTH = 2, 6
@@ -60,13 +61,23 @@ def kimi() -> nn.Module:
     return KimiLinearForCausalLM(tiny_config(KimiLinearConfig, sizes | heads | kinds))
 
 
+def mm_dit() -> nn.Module:
+    """Return image and text side by side, two streams that read each other, and then layers of both in one."""
+    model = MmDit(depth=3, single=4)
+    model.head = nn.Linear(WIDTH, VOCAB)
+    return model
+
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    builder.__name__: builder for builder in (gpt, gpt_frozen, llama, gpt2, t5, kimi)
+    builder.__name__: builder for builder in (gpt, gpt_frozen, llama, gpt2, t5, kimi, mm_dit)
 }
 
 
 def inputs_of(name: str, batch: int) -> dict[str, Tensor]:
     """Return the inputs of a network by name."""
+    if name == "mm_dit":
+        sizes = {"image": (LENGTH, WIDTH), "text": (3, WIDTH), "condition": (WIDTH,)}
+        return {each: torch.randn(batch, *size, dtype=torch.float64) for each, size in sizes.items()}
     names = {"gpt": ["ids"], "gpt_frozen": ["ids"], "t5": ["input_ids", "decoder_input_ids"]}.get(name, ["input_ids"])
     return {each: torch.randint(0, VOCAB, (batch, LENGTH)) for each in names}
 
@@ -77,7 +88,7 @@ def rewritten(name: str) -> ar.RewrittenModule:
     model = BUILDERS[name]().double()
     model = model if name == "gpt2" else model.eval()
     inputs = inputs_of(name, BATCH)
-    fixed: dict[str, Any] = {} if "ids" in inputs else {"use_cache": False}
+    fixed: dict[str, Any] = {} if name in ("gpt", "gpt_frozen", "mm_dit") else {"use_cache": False}
     new = ar.rewrite(model, (), inputs | fixed, CONFIG, verify=False, dynamic_shapes={})
     with torch.no_grad():
         for parameter in ar.attnres_parameters(new):
