@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
 # what a word in the name of a script asks for
-NEEDS = {"huggingface": "transformers", "trainer": "accelerate", "lora": "peft", "timm": "timm"}
+NEEDS = {"huggingface": "transformers", "trainer": "accelerate", "lora": "peft", "timm": "timm", "diffusers": "diffusers"}
 CURE = """
 from tests.zoo.torchvision_cure import define_missing_ops
 define_missing_ops()
@@ -85,7 +85,7 @@ def test_block_of_the_docs_runs(language, code, printed, tmp_path):
             pytest.skip("the package is not installed, so it has no command")
         found = run(["sh", "-ec", code], tmp_path)
     else:
-        cure = CURE if "import timm" in code else ""
+        cure = CURE if "import timm" in code or "from diffusers" in code else ""
         found = run([sys.executable, "-c", cure + code], tmp_path)
     assert printed is None or found == printed
 
