@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9]*.py"))
 # what a word in the name of a script asks for
-NEEDS = {"huggingface": "transformers", "trainer": "accelerate", "lora": "peft", "timm": "timm", "diffusers": "diffusers"}
+NEEDS = {
+    "huggingface": "transformers",
+    "trainer": "accelerate",
+    "lora": "peft",
+    "timm": "timm",
+    "diffusers": "diffusers",
+}
 CURE = """
 from tests.zoo.torchvision_cure import define_missing_ops
 define_missing_ops()
