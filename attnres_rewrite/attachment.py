@@ -237,7 +237,10 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
             if not torch.compiler.is_dynamo_compiling() and callable(active_callback()):
                 _raise_what_stopped_dynamo(self, forward.__code__, args, kwargs)  # pyright: ignore[reportCallIssue]
             args, kwargs = _marked(self, args, kwargs)
-        return base.forward(self, *args, **kwargs)
+        if not isinstance(self, attached):
+            return base.forward(self, *args, **kwargs)
+        # Dynamo does not see into a class that allow_in_graph marks, as some of diffusers are, but finds its methods
+        return super(attached, self).forward(*args, **kwargs)
 
     # torch counts recompilations by code object, and this one would be that of every class
     forward.__code__ = forward.__code__.replace(co_name=f"attached_{base.__name__}")
@@ -247,7 +250,8 @@ def _attached_class(base: type[nn.Module]) -> type[nn.Module]:
     forward.__dict__["__signature__"] = inspect.signature(base.forward)
     described = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     own = {"forward": forward, "_attnres_base": base}
-    return type(base.__name__, (Attached, base), described | own)
+    attached = type(base.__name__, (Attached, base), described | own)
+    return attached
 
 
 @torch.compiler.disable
