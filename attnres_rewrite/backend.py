@@ -27,6 +27,7 @@ from attnres_rewrite.errors import (
     explain,
 )
 from attnres_rewrite.fxgraph import module_path, plain_path
+from attnres_rewrite.inductor_fix import mend_inductor
 from attnres_rewrite.mark import AttachedStream, Attachment
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.training_ir import dynamo_source, to_dynamo, to_training_ir
@@ -353,6 +354,7 @@ class Options:
             from torch._inductor import config as inductor_config
             from torch._inductor.compile_fx import compile_fx
 
+            mend_inductor()
             # every configuration is part of the keys of torch's caches, and the kernels behind our custom ops are not
             marked = inductor_config.unsafe_marked_cacheable_functions
             patches = {"unsafe_marked_cacheable_functions": {**marked, "attnres_rewrite": __version__}, **self.inductor}

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.inductor_fix import mend_inductor
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -142,6 +143,7 @@ class RewrittenModule(ModalModule):
         example_inputs: ExampleInputs,
     ) -> None:
         """Share the parameters, buffers and submodules of `tree`; `programs` maps a training flag to its program."""
+        mend_inductor()  # whoever compiles this uses torch.compile, where nothing of ours runs
         graphs = {mode: program.graph for mode, program in programs.items()}
         super().__init__(tree, graphs, training, "RewrittenModule")
         self.programs = dict(programs)

@@ -25,6 +25,7 @@ LEVELS = (
         "kernels",
         "functional",
         "keyed_random",
+        "inductor_fix",
     },
     {
         "capture",
