@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-MENDED_IN = (2, 14)
+MENDED_IN = "2.14"
 
 
 @functools.cache
@@ -20,12 +20,13 @@ def mend_inductor() -> None:
     from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
     from torch._inductor.virtualized import V
 
-    check = OuterLoopFusedSchedulerNode.check_outer_fusion_loop_level_attr
+    fused_node: Any = OuterLoopFusedSchedulerNode
+    check = fused_node.check_outer_fusion_loop_level_attr
 
-    def checked(self: OuterLoopFusedSchedulerNode, kernels: list[Any], depth: int) -> bool:
+    def checked(self: Any, kernels: list[Any], depth: int) -> bool:
         fused = [loop for kernel in kernels for loop in kernel.loop_nest.loops[:depth]]
         if V.local_buffer_context.local_buffers and any(loop.steps != 1 for loop in fused):
             return False  # Inductor generates the code anew then, without buffers
         return check(self, kernels, depth)
 
-    OuterLoopFusedSchedulerNode.check_outer_fusion_loop_level_attr = checked
+    fused_node.check_outer_fusion_loop_level_attr = checked

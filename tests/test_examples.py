@@ -51,7 +51,7 @@ def skip_without(package):
 
 def _cases():
     # other tests do the same in less time
-    slow = {"05", "06", "08", "11", "12", "13", "14"}
+    slow = {"05", "06", "07", "08", "09", "11", "12", "13", "14"}
     return [
         pytest.param(script, id=script.stem, marks=pytest.mark.slow if script.stem[:2] in slow else ())
         for script in SCRIPTS
@@ -78,7 +78,9 @@ def _blocks():
         name = page.relative_to(ROOT / "docs").with_suffix("").as_posix()
         found = [block for block in BLOCK.findall(page.read_text()) if block[0] == "sh" or COMPLETE.match(block[1])]
         for number, (language, code, printed) in enumerate(found, start=1):
-            yield pytest.param(language, code, printed or None, id=f"{name}-{number}")
+            # a minute for five processes that import transformers; tests/cli runs the same commands
+            marks = pytest.mark.slow if (name, number) == ("ways", 3) else ()
+            yield pytest.param(language, code, printed or None, id=f"{name}-{number}", marks=marks)
 
 
 @pytest.mark.parametrize(("language", "code", "printed"), list(_blocks()))

@@ -1,6 +1,6 @@
 """Generated networks: every true update is found and no other, and the rewrite proves itself.
 
-30 networks by default, 3,000 with `-m slow`. A failure is shrunk to a small spec that fails alike; its
+20 networks by default, 3,000 with `-m slow`. A failure is shrunk to a small spec that fails alike; its
 repr rebuilds the network: `build(NetworkSpec(...))`.
 """
 
@@ -14,7 +14,7 @@ from .negatives import NegativeSpec, negative_specs
 from .shrink import shrink
 from .specs import NetworkSpec, random_spec
 
-DEFAULT_SEEDS, ALL_SEEDS = 30, 3000
+DEFAULT_SEEDS, ALL_SEEDS = 20, 3000
 DEFAULT_CHUNK, SLOW_CHUNK = 5, 20
 # of seconds each
 MAX_TRIES = 100

@@ -124,6 +124,7 @@ def test_trainable_networks_give_gradients(seed: int) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_most_graphs_are_small() -> None:
     sizes = sorted(len(capture(build(random_spec(seed)), False).graph.nodes) for seed in range(0, 60, 5))
     assert sizes[len(sizes) // 2] < 450

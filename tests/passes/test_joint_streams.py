@@ -32,8 +32,7 @@ def test_each_side_is_a_stream(options, updates):
 GRID = list(itertools.product((2, 3, 4), (0, 2), (True, False), (True, False), (True, False)))
 
 
-@pytest.mark.parametrize("output", ["sum", "mean"])
-@pytest.mark.parametrize("schedule", ["direct", "two_phase"])
+@pytest.mark.parametrize(("output", "schedule"), [("sum", "direct"), ("mean", "two_phase")])
 def test_a_sample_is_proven_in_both_modes(output, schedule):
     _prove(GRID[11:12] if output == "sum" else GRID[32:33], output, schedule)
 

@@ -23,12 +23,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     # Mamba layers ask for torch's version
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    # rotations of queries and keys as complex numbers
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
+    # Mochi forbids autocast, in float64, too
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
 ]
-# models that torch.compile with aot_eager cannot run in float64, and what it says of them
-NOT_COMPILED = {
+# models whose originals cannot run in float64, compiled or not, and what torch says of them
+NOT_IN_FLOAT64 = {
     "xglm": "value cannot be converted to type float without overflow",
-    "qwen3_next": "view size is not compatible with input tensor's size and stride",
+    "diffusers_kandinsky5": "mat1 and mat2 must have the same dtype",
 }
+# models that torch.compile with aot_eager cannot run in float64
+NOT_COMPILED = NOT_IN_FLOAT64 | {"qwen3_next": "view size is not compatible with input tensor's size and stride"}
+# sizes that depend on data are traced with fullgraph=True alone, and are beyond Inductor
+DATA_DEPENDENT = {"diffusers_mochi": "to have been codegen-ed"}
 if torch.__version__ < (2, 13):
     NOT_COMPILED |= dict.fromkeys(["mixtral", "deepseek_v3"], "Could not guard on data-dependent expression")
 
@@ -87,7 +95,7 @@ def test_the_backend_computes_what_rewrite_does(spec: Spec) -> None:
         with ar.original(model), pytest.raises(RuntimeError, match=NOT_COMPILED[spec.name]):
             _results(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
         pytest.skip(f"torch.compile cannot run the original: {NOT_COMPILED[spec.name]}")
-    model.compile(backend="attnres", options={"backend": "aot_eager"})
+    model.compile(backend="attnres", fullgraph=spec.name in DATA_DEPENDENT, options={"backend": "aot_eager"})
     outputs, gradients = _results(model, inputs)
     wanted, wanted_gradients = _results(twin, inputs)
     assert len(outputs) == len(wanted)
@@ -119,15 +127,33 @@ def _draw_reads(model: nn.Module, seed: int) -> None:
                 parameter.copy_(drawn / parameter.numel() ** 0.5)
 
 
+def _rounding_of_inductor(spec: Spec, inputs: dict[str, Any], single: dict[str, Any]) -> float:
+    """Return the error of the original in float32 through Inductor: 20 times that of eager where time is embedded."""
+    exact, original = spec.build().double(), spec.build().float()
+    for weights in (original, exact):
+        weights.load_state_dict(exact.state_dict())
+    right = _results(exact, inputs)
+    original.compile(fullgraph=spec.name in DATA_DEPENDENT)
+    return _distances(_results(original, single), right)
+
+
 @pytest.mark.parametrize("spec", _rewritten("gpt2"))
 def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -> None:
-    """In the mean of draws of queries and gains: in one draw either may have the luck of a few roundings."""
+    """In the mean of draws of queries and gains: in one draw either may have the luck of a few roundings.
+
+    Where Inductor rounds the original itself more than that, its rounding of the original is the measure.
+    """
     model, exact, inputs = _pair(spec)
-    if spec.name == "xglm":
-        with pytest.raises(RuntimeError, match=NOT_COMPILED["xglm"]):
+    if spec.name in NOT_IN_FLOAT64:
+        with pytest.raises(RuntimeError, match=NOT_IN_FLOAT64[spec.name]):
             _results(exact, inputs)
         pytest.skip("the original does not run in float64, compiled or not")
     single = pytree.tree_map(lambda value: _cast(value, torch.float32), spec.inputs())
+    if spec.name in DATA_DEPENDENT:
+        with pytest.raises(RuntimeError, match=DATA_DEPENDENT[spec.name]):
+            _rounding_of_inductor(spec, inputs, single)
+        pytest.skip("Inductor cannot compile the original")
+    least = _rounding_of_inductor(spec, inputs, single)
     model.float()
     model.compile(backend="attnres")
     eager = ar.rewrite(spec.build().float(), (), single, config=CONFIG, dynamic_shapes={}, verify=False)
@@ -139,6 +165,6 @@ def test_inductor_in_float32_is_within_twice_the_rounding_of_eager(spec: Spec) -
         for each in (model, exact, eager):
             each.zero_grad()
         right = _results(exact, inputs)
-        rounding = _distances(_results(eager, single), right)
+        rounding = max(_distances(_results(eager, single), right), least)
         ratios.append(_distances(_results(model, single), right) / rounding)
     assert statistics.geometric_mean(ratios) <= 2, ratios
