@@ -17,6 +17,7 @@ def mend_inductor() -> None:
     """Make Inductor do as torch 2.14 does, for everything that this process compiles: no buffer in vectorized loops."""
     if torch.__version__ >= MENDED_IN:
         return
+    from torch._inductor import config
     from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
     from torch._inductor.virtualized import V
 
@@ -30,3 +31,5 @@ def mend_inductor() -> None:
         return check(self, kernels, depth)
 
     fused_node.check_outer_fusion_loop_level_attr = checked
+    # every configuration is part of the keys of torch's caches, where code from before may lie
+    config.unsafe_marked_cacheable_functions = {**config.unsafe_marked_cacheable_functions, __name__: MENDED_IN}

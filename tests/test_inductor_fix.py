@@ -43,7 +43,6 @@ torch.compile(model, backend="attnres")(ids())
 
 
 def error_after(setup: str, cache: Path) -> float:
-    # what was compiled wrongly would be found again in torch's caches
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", setup + COMPARED], env=environment, capture_output=True, text=True, check=True
@@ -53,8 +52,9 @@ def error_after(setup: str, cache: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ >= MENDED_IN, reason="torch is mended")
-def test_torch_alone_is_wrong(tmp_path):
+def test_torch_alone_is_wrong_and_what_it_cached_is_not_used(tmp_path):
     assert error_after("", tmp_path) > 1
+    assert error_after(REWRITE, tmp_path) < 1e-12
 
 
 @pytest.mark.parametrize("setup", [REWRITE, pytest.param(COMPILE_ATTACHED, marks=pytest.mark.slow)])
