@@ -25,6 +25,11 @@ def _steps() -> torch.Tensor:
     return torch.tensor([1, 2])
 
 
+def _fractions() -> torch.Tensor:
+    """Make the steps of models that multiply them by 1000; larger ones drown float32 in the sines of the embedding."""
+    return _steps() / 1000
+
+
 def _with_text(*latents: int, text: tuple[int, int] = (TEXT, TEXT_WIDTH), **others: Any) -> Inputs:
     return {
         "hidden_states": noise(BATCH, *latents),
@@ -107,6 +112,7 @@ def image_denoisers() -> list[Spec]:
             **_with_text(
                 16,
                 4,
+                timestep=_fractions(),
                 pooled_projections=noise(BATCH, TEXT_WIDTH, seed=3),
                 img_ids=_places(16, 3),
                 txt_ids=_places(5, 3),
@@ -123,9 +129,10 @@ def image_denoisers() -> list[Spec]:
                 16,
                 4,
                 text=(TEXT, WIDTH),
+                timestep=_fractions(),
                 img_ids=_places(16, 4).expand(BATCH, 16, 4),
                 txt_ids=_places(5, 4).expand(BATCH, 5, 4),
-                guidance=torch.ones(BATCH),
+                guidance=_fractions(),
             ),
         ),
         # what the last layer writes to the text is thrown away
@@ -139,6 +146,7 @@ def image_denoisers() -> list[Spec]:
             **_with_text(
                 16,
                 16,
+                timestep=_fractions(),
                 encoder_hidden_states_mask=torch.ones(BATCH, TEXT, dtype=torch.bool),
                 img_shapes=[(1, 4, 4)] * BATCH,
             ),
@@ -199,7 +207,14 @@ def image_denoisers() -> list[Spec]:
             | {"patch_size": 1, "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "approximator_layers": 1}
             | {"joint_attention_dim": WIDTH, "axes_dims_rope": (4, 4, 8), "approximator_num_channels": 8}
             | {"approximator_hidden_dim": 16},
-            **_with_text(16, 4, text=(TEXT, WIDTH), img_ids=_places(16, 3), txt_ids=_places(5, 3)),
+            **_with_text(
+                16,
+                4,
+                text=(TEXT, WIDTH),
+                timestep=_fractions(),
+                img_ids=_places(16, 3),
+                txt_ids=_places(5, 3),
+            ),
         ),
         # the forward cuts captions at the lengths that their masks hold
         _diffusers(
