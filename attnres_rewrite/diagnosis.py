@@ -7,7 +7,7 @@ where it was not run.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,18 @@ class StreamDiagnosis:
     reads: tuple[ReadDiagnosis, ...]
     updates: tuple[UpdateDiagnosis, ...]
 
+    def __str__(self) -> str:
+        """Say the ranges of its figures in a line."""
+        effective = _range([read.effective_sources for read in self.reads])
+        rms = _range([update.output_rms for update in self.updates])
+        gradients = _range([update.gradient_norm for update in self.updates])
+        mixed = f"{len(self.reads)} reads of {effective} effective sources"
+        return f"{self.name}: {mixed}, {len(self.updates)} updates of rms {rms}, gradient norms {gradients}"
+
+
+def _range(figures: Sequence[float]) -> str:
+    return f"{min(figures):.3g} to {max(figures):.3g}" if figures else "no"
+
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
@@ -109,6 +121,14 @@ class Diagnosis:
     def num_tokens(self) -> int:
         """Tokens of all streams in the finite batches."""
         return sum(stream.num_tokens for stream in self.streams)
+
+    def __str__(self) -> str:
+        """Say it in a line for each stream; `attnres-rewrite diagnose` prints tables."""
+        loss = "no finite loss" if self.loss is None else f"loss {self.loss:.4f}"
+        original = "" if self.baseline_loss is None else f", of the original {self.baseline_loss:.4f}"
+        batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
+        head = f"{self.model}: {self.mode} mode, {batches}, {self.num_tokens:,} tokens; {loss}{original}"
+        return "\n  ".join([head, *map(str, self.streams)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as JSON-ready values, with its format and version."""

@@ -63,6 +63,12 @@ class StreamReport:
     groups: tuple[ReadGroup, ...]
     runs_as: str
 
+    def __str__(self) -> str:
+        """Say it in a line."""
+        blocks = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in self.blocks)
+        size = f"width {self.width}, {self.dtype}, {self.num_updates} updates, {len(self.reads)} reads"
+        return f"{self.name}: {size}; {len(self.blocks)} blocks of updates: {blocks}"
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
@@ -118,6 +124,13 @@ class Proof:
         # written so that a NaN does not pass
         return self.output_error <= self.limit and (self.gradient_error is None or self.gradient_error <= self.limit)
 
+    def __str__(self) -> str:
+        """Say it in a line."""
+        gradient = "no gradient" if self.gradient_error is None else f"of gradients {self.gradient_error:.0e}"
+        verdict = "proven" if self.passed else "FAILED"
+        errors = f"error of outputs {self.output_error:.0e}, {gradient}, limit {self.limit:.0e}"
+        return f"{verdict}: {self.name}, {self.mode} mode, {self.dtype}: {errors}"
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
@@ -135,6 +148,10 @@ class VerifyReport:
     def passed(self) -> bool:
         """Whether there are proofs and all of them hold."""
         return bool(self.proofs) and all(proof.passed for proof in self.proofs)
+
+    def __str__(self) -> str:
+        """Say it in a line for each proof."""
+        return "\n".join([*map(str, self.proofs), *(f"note: {note}" for note in self.notes)]) or "no proof was run"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values; each proof has its `passed`."""
@@ -176,6 +193,14 @@ class RewriteReport:
         """What the user must know about the network that comes out."""
         config = config_from(self.config)
         return () if config.starts_as_original else (_BIASED.format(config.recency_bias),)
+
+    def __str__(self) -> str:
+        """Say it in a line for each stream, note and proof; `attnres-rewrite inspect` prints the reads as well."""
+        added = f"{self.num_parameters_added:,} parameters added in {len(self.reads)} reads"
+        notes = [f"note: {note}" for note in (*self.capture.notes, *self.notes)]
+        proofs = "no proof was run" if self.verify is None else str(self.verify)
+        lines = [*map(str, self.streams), f"{len(self.left_alone)} other adds left alone", *notes, *proofs.split("\n")]
+        return "\n  ".join([f"{self.model}: {added}", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values; `notes` only where there are any."""

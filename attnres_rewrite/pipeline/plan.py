@@ -67,6 +67,11 @@ class StageFacts:
     sends: tuple[str, ...]
     recomputed: int
 
+    def __str__(self) -> str:
+        """Say it in a line."""
+        size = f"{self.num_parameters:,} parameters, {self.flops / 1e9:,.3f} GFLOPs, sends {len(self.sends)}"
+        return f"stage {self.stage} on rank {self.rank}: {size}: {', '.join(self.modules)}"
+
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlan:
@@ -122,6 +127,13 @@ class PipelinePlan:
             "paper": closed["paper"] * per_stage,
             "exact": p * (p - 1) * (2 * v - 1) / 2 * per_stage,
         }
+
+    def __str__(self) -> str:
+        """Say it in a line for each stage, and the traffic; `attnres-rewrite partition` prints tables."""
+        shape = f"{self.num_ranks} ranks with {self.num_virtual} stages each, placed as a {self.placement}"
+        traffic = (f"{of.total_units} tensors a microbatch with mode={mode!r}" for mode, of in self.traffic.items())
+        lines = [f"slowest stage {self.balance:.2f} of the mean", *map(str, self.facts), *traffic]
+        return "\n  ".join([f"{shape}; mode={self.mode!r}", *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-ready values. A unit is one carried tensor of a microbatch, forward."""

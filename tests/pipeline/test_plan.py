@@ -50,6 +50,15 @@ def test_the_stages_compute_the_model(new, cuts):
 
 
 # Once wrong: a saved rewrite keeps no sizes
+def test_a_plan_is_printed_in_a_line_for_each_stage(new):
+    head, balance, *lines = str(ar.partition(new, 2, cuts="blocks")).split("\n")
+    assert head == "2 ranks with 1 stages each, placed as a loop; mode='exact'"
+    assert balance.startswith("  slowest stage ")
+    stages, traffic = lines[:2], lines[2:]
+    assert [line.partition(":")[0] for line in stages] == ["  stage 0 on rank 0", "  stage 1 on rank 1"]
+    assert [line.split()[-1] for line in traffic] == ["mode='naive'", "mode='paper'", "mode='exact'"]
+
+
 def test_a_saved_rewrite_is_cut_alike(new, tmp_path):
     plan = ar.partition(new, 2, 2)
     found = ar.partition(ar.load(ar.save(new, tmp_path / "saved")), 2, 2)
