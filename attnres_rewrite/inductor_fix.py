@@ -25,7 +25,7 @@ def mend_inductor() -> None:
     check = fused_node.check_outer_fusion_loop_level_attr
 
     def checked(self: Any, kernels: list[Any], depth: int) -> bool:
-        fused = [loop for kernel in kernels for loop in kernel.loop_nest.loops[:depth]]
+        fused = (loop for kernel in kernels for loop in kernel.loop_nest.loops[:depth])
         if V.local_buffer_context.local_buffers and any(loop.steps != 1 for loop in fused):
             return False  # Inductor generates the code anew then, without buffers
         return check(self, kernels, depth)

@@ -90,6 +90,17 @@ def test_a_forward_that_was_kept_is_that_of_the_model_after_detach(attached):
     torch.testing.assert_close(kept(ids), attached(ids))
 
 
+def test_a_class_that_dynamo_may_not_look_into_runs_compiled():
+    # diffusers marks several of its models so
+    model = torch._dynamo.allow_in_graph(type("Marked", (Gpt,), {}))()
+    ar.attach(model, args=(ids,))
+    wanted = ar.as_rewritten(model, (ids,))(ids)
+    model.compile(**QUICK)
+    torch.testing.assert_close(model(ids), wanted)
+    with ar.original(model):
+        torch.testing.assert_close(model(ids), wanted)
+
+
 def test_original_nests_and_ends_with_an_error(attached):
     with ar.original(attached):
         with ar.original(attached):
