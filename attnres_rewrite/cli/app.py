@@ -11,6 +11,8 @@ Facts go to stdout; progress, notes and refusals to stderr. Exit status: 0 done,
 2 wrong arguments. Every failure ends in `run`, so the commands are straight lines.
 """
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -22,6 +24,7 @@ import attnres_rewrite as ar
 from attnres_rewrite.cli import diagnose, inspect, partition, render, report, rewrite, verify
 from attnres_rewrite.cli.exit_codes import exit_code_of
 from attnres_rewrite.cli.options import WARNING, epilog
+from attnres_rewrite.errors import ArtifactError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -68,4 +71,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Run the command line of this process."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:
+            raise
+        render.problem(ArtifactError(f"the output cannot be written: {problem.strerror}"), as_json=False)
+        # Python writes what is left of stdout at its end, and would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

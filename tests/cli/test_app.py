@@ -129,6 +129,16 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert "there is no file missing.py" in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["inspect", "missing.py", "--json"]])
+def test_a_full_disk_is_said_in_a_line(arguments):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "attnres_rewrite", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "refused: the output cannot be written: No space left on device\n"
+
+
 def test_help_needs_no_torch():
     """The command line itself is light: what the package imports is the package's own affair."""
     package = Path(app.__file__).parents[1]
