@@ -142,7 +142,7 @@ def test_a_transformers_model_needs_no_inputs(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("modules_to_save", [None, ["attn_res"]])
+@pytest.mark.parametrize("modules_to_save", [pytest.param(None, marks=pytest.mark.slow), ["attn_res"]])
 def test_a_lora_model(modules_to_save):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}

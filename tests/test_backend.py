@@ -42,7 +42,7 @@ def _num_kept(model):
 
 
 class TestItComputesTheRewrite:
-    @pytest.mark.parametrize("schedule", ["direct", "two_phase", "auto"])
+    @pytest.mark.parametrize("schedule", ["direct", "two_phase", pytest.param("auto", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("output", ["sum", "mean"])
     def test_in_float64(self, schedule, output):
         config = ar.AttnResConfig(block_size=2, schedule=schedule, output=output)

@@ -257,6 +257,7 @@ def trained(tmp_path_factory):
     return out, json.loads((out / "all.json").read_text())
 
 
+@pytest.mark.slow
 def test_commands_of_the_page_run_end_to_end(trained):
     out, facts = trained
     runs = {run["variant"]: run for run in facts["training"]["runs"]}

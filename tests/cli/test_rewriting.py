@@ -135,7 +135,7 @@ def rewritten():
 """
 
 
-@pytest.mark.parametrize("factory", ["attached", "rewritten"])
+@pytest.mark.parametrize("factory", ["attached", pytest.param("rewritten", marks=pytest.mark.slow)])
 def test_a_factory_may_give_a_model_with_reads(cli, tmp_path, factory):
     (tmp_path / "net.py").write_text(FACTORIES)
     spec = f"net.py:{factory}"

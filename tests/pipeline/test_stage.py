@@ -292,7 +292,7 @@ def random_case(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [0, 6, pytest.param(12, marks=pytest.mark.slow), pytest.param(18, marks=pytest.mark.slow)]
+    "first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (6, 12, 18))]
 )
 def test_random_plans(first):
     for seed in range(first, first + 6):

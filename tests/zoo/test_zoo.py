@@ -15,9 +15,8 @@ FLOAT64_LIMIT = 1e-10
 
 # one of each habit: how it adds, norms, scales, routes, and how many streams it has
 DEFAULT_RUN = """
-    gpt2 gptj llama qwen3_moe gemma2 gemma4 phi falcon_alibi cohere granite bloom deepseek_v3 t5 vit
-    dinov2 bert torch_encoder nanogpt_in_place nanogpt_unet nanogpt_nested timm_vit timm_swin timm_siglip
-    diffusers_sd3
+    gpt2 llama qwen3_moe gemma4 cohere bloom deepseek_v3 t5 vit dinov2 bert torch_encoder
+    nanogpt_in_place nanogpt_unet nanogpt_nested timm_vit timm_swin timm_siglip diffusers_sd3
 """
 
 
