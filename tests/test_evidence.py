@@ -321,6 +321,7 @@ def test_a_step_on_a_gpu_is_timed_to_its_end(monkeypatch):
     assert seen == ["wait", "step", "wait"] * (throughput.WARM_UP_ROUNDS + 1)
 
 
+@pytest.mark.slow
 def test_retrofit_starts_where_the_trained_model_was(trained):
     _, facts = trained
     pretrained = next(run for run in facts["training"]["runs"] if run["variant"] == "original")
@@ -337,6 +338,7 @@ def test_retrofit_starts_where_the_trained_model_was(trained):
         assert one["train_loss"][0] == pytest.approx(runs["original"]["train_loss"][0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_retrofit_of_another_checkpoint_is_refused(trained, tmp_path):
     out, _ = trained
     pretrained = tmp_path / "original-0"
@@ -349,6 +351,7 @@ def test_retrofit_of_another_checkpoint_is_refused(trained, tmp_path):
         retrofit.continue_variant("original", 0, TINY, CORPUS, pretrained, folder, train.Console())
 
 
+@pytest.mark.slow
 def test_retrofit_at_another_rate_is_kept_apart(trained):
     _, facts = trained
     (faster,) = facts["retrofit_read_lr"]["4"]["runs"]
@@ -361,6 +364,7 @@ def test_retrofit_at_another_rate_is_kept_apart(trained):
     assert tables.retrofit_read_lr(facts).count("`gate=True`, `recency_bias=2.0`") == 2
 
 
+@pytest.mark.slow
 def test_look_gives_facts_and_figures(trained):
     out, facts = trained
     found = facts["look"]
@@ -380,6 +384,7 @@ def test_look_gives_facts_and_figures(trained):
     assert {path.suffix for path in (out / "figures" / "evidence_block").iterdir()} == {".svg"}
 
 
+@pytest.mark.slow
 def test_runs_that_do_not_compare_are_refused(trained, tmp_path):
     out, _ = trained
     for variant in ("original", "block"):

@@ -291,9 +291,7 @@ def random_case(seed: int) -> None:
     assert_learns_the_same(new, plan, seed, split=split and runs_here("ZBVZeroBubble"))
 
 
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (6, 12, 18))]
-)
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.slow) for first in (6, 12, 18))])
 def test_random_plans(first):
     for seed in range(first, first + 6):
         random_case(seed)
