@@ -217,7 +217,7 @@ def _attached_stream(model: nn.Module, plan: BlockPlan) -> AttachedStream:
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {module: [name for name, other in modules.items() if other is module] for module in modules.values()}
     reads = tuple(AttachedRead(read.state, read.name, tuple(names[modules[read.owner]])) for read in plan.reads)
-    return AttachedStream(plan.stream.name, plan.stream.width, len(plan.stream.updates), reads)
+    return AttachedStream(plan.stream.name, plan.stream.width, len(plan.stream.updates), plan.ends, reads)
 
 
 def _become(model: nn.Module, attachment: Attachment) -> None:

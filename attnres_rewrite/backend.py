@@ -9,7 +9,7 @@ attach() found is refused. Dynamo hands the refusal on as BackendCompilerFailed,
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from attnres_rewrite.api import plan_program, put_reads_in
 from attnres_rewrite.attached_parts import refuse_parts, runs_original, take_out_parts
+from attnres_rewrite.attached_reads import with_names
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.errors import (
     GraphBreakError,
@@ -28,7 +29,7 @@ from attnres_rewrite.errors import (
 )
 from attnres_rewrite.fxgraph import module_path, plain_path
 from attnres_rewrite.inductor_fix import mend_inductor
-from attnres_rewrite.mark import AttachedStream, Attachment
+from attnres_rewrite.mark import Attachment
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.training_ir import dynamo_source, to_dynamo, to_training_ir
 from attnres_rewrite.version import __version__
@@ -178,51 +179,11 @@ def _matched(
                 "that are called by themselves, as generate() calls an encoder, are attached and compiled each.",
             )
         )
-    return [_with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]
+    return [with_names(plan, stream, model_path) for plan, stream in zip(plans, attachment.streams, strict=True)]
 
 
 def _spelled(streams: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"a stream of {updates} updates and width {width}" for updates, width in streams) or "none"
-
-
-def _with_names(plan: BlockPlan, stream: AttachedStream, model_path: str) -> BlockPlan:
-    attached = {read.state: read for read in stream.reads}
-    for read in plan.reads:
-        if read.state not in attached:
-            raise StreamMismatchError(
-                explain(
-                    f"this call reads state {read.state} of {stream.name}, which nothing read when it was attached",
-                    read.source_line or None,
-                    "There is no query for that read.",
-                    "Attach with example inputs that make the model return the same things.",
-                )
-            )
-        owner, owners = _inside(read.owner, model_path), attached[read.state].owners
-        if owner not in owners:
-            raise StreamMismatchError(
-                explain(
-                    f"state {read.state} of {stream.name} is read by {owner or 'the model itself'} in this call, "
-                    f"and was by {owners[0] or 'the model itself'} when it was attached",
-                    read.source_line or None,
-                    f"The query {attached[read.state].name} belongs to the latter.",
-                    "Attach with example inputs of this kind, attach(model, config, args, kwargs), and after modules "
-                    "were wrapped or replaced.",
-                )
-            )
-    return replace(plan, reads=tuple(replace(read, name=attached[read.state].name) for read in plan.reads))
-
-
-def _inside(path: str, model_path: str) -> str:
-    """Return a module's path, seen from the attached model, without the wrappers that torch puts around modules.
-
-    Whoever reads what the model returns stands for the model itself.
-    """
-    inside = f"{path}.".startswith(f"{model_path}.") or not model_path
-    inner = path.removeprefix(model_path).split(".") if inside else []
-    return ".".join(part for part in inner if part and part not in _WRAPPERS)
-
-
-_WRAPPERS = frozenset(["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
 
 
 def _broken(gm: fx.GraphModule, seen: str) -> RewriteError | None:

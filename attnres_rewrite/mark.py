@@ -36,11 +36,12 @@ class AttachedRead:
 
 @dataclass(frozen=True, slots=True)
 class AttachedStream:
-    """One stream that attach() found, with the reads it made parameters for."""
+    """One stream that attach() found, with the reads it made parameters for; `ends` are the last updates of blocks."""
 
     name: str
     width: int
     num_updates: int
+    ends: tuple[int, ...]
     reads: tuple[AttachedRead, ...]
 
 
@@ -75,7 +76,7 @@ class Attachment:
 
 def _stream_from(facts: dict[str, Any]) -> AttachedStream:
     reads = tuple(AttachedRead(read["state"], read["name"], tuple(read["owners"])) for read in facts["reads"])
-    return AttachedStream(facts["name"], facts["width"], facts["num_updates"], reads)
+    return AttachedStream(facts["name"], facts["width"], facts["num_updates"], tuple(facts["ends"]), reads)
 
 
 def mark_inputs(

@@ -111,6 +111,11 @@ class BlockPlan:
     blocks: tuple[range, ...]
     reads: tuple[ReadPlan, ...]
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The last update of each block."""
+        return tuple(block[-1] for block in self.blocks)
+
     def num_sources(self, state: int) -> int:
         """Sources of `state`: the root, the blocks that ended before it, and its open block."""
         return 1 + sum(block.start <= state for block in self.blocks)

@@ -64,7 +64,7 @@ LEVELS = (
         "page",
         "unflatten",
     },
-    {"attached_parts", "attachment", "attached_rewrite", "backend", "cli"},
+    {"attached_parts", "attached_reads", "attachment", "attached_rewrite", "backend", "cli"},
     {"__init__", "__main__"},
 )
 FACTS = {"errors", "config", "records", "fxgraph", "inputs", "copying", "model_state", "module", "report"}

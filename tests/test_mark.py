@@ -6,7 +6,7 @@ import attnres_rewrite as ar
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 
 READS = (AttachedRead(1, "layers.0.attn_res.0", ("layers.0", "first")), AttachedRead(4, "attn_res.0", ("",)))
-STREAM = AttachedStream("stream", 16, 4, READS)
+STREAM = AttachedStream("stream", 16, 4, (2, 4), READS)
 
 
 @pytest.mark.parametrize(
