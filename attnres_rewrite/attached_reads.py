@@ -3,11 +3,14 @@
 A read belongs to a module: a call that runs other layers than attach() saw, or in another order, is refused.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import fx
+
 from attnres_rewrite.errors import StreamMismatchError, explain
-from attnres_rewrite.fxgraph import owner_of
+from attnres_rewrite.fxgraph import module_path, owner_of
 from attnres_rewrite.mark import AttachedStream
 from attnres_rewrite.records import BlockPlan
 
@@ -40,8 +43,9 @@ def with_names(plan: BlockPlan, stream: AttachedStream, model_path: str) -> Bloc
                 )
             )
         owner, owners = _inside(read.owner, model_path), attached[read.state].owners
-        reader = _inside(owner_of(plan.stream.readers[read.state][0]), model_path)
-        if owner not in owners and not any(_lies_between(owner, module, reader) for module in owners):
+        reader = plan.stream.readers[read.state][0]
+        named = [_inside(path, model_path) for path in (owner_of(reader), _checkpointed_module(reader))]
+        if owner not in owners and not any(_lies_between(owner, module, path) for module in owners for path in named):
             raise StreamMismatchError(
                 explain(
                     f"state {read.state} of {stream.name} is read by {owner or 'the model itself'} in this call, "
@@ -62,12 +66,24 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _lies_between(owner: str, module: str, reader: str) -> bool:
-    """Say whether a module lies inside of `owner` and around `reader`, where Dynamo named only these two.
+def _lies_between(owner: str, module: str, named: str) -> bool:
+    """Say whether a module lies inside of `owner`, and is `named` or lies around it.
 
-    It does not name a layer whose method is called, as checkpoint(layer.__call__, x) does, but names the norm in it.
+    Dynamo does not name a layer whose method is called, as by checkpoint(layer.__call__, x), but names what is in it.
     """
-    return (f"{module}.".startswith(f"{owner}.") or not owner) and module != owner and reader.startswith(f"{module}.")
+    inside = f"{module}.".startswith(f"{owner}.") or not owner
+    return inside and module != owner and f"{named}.".startswith(f"{module}.")
+
+
+def _checkpointed_module(reader: fx.Node) -> str:
+    """Return the innermost module that holds all those that run in the activation checkpoint of a node; "" for none."""
+    number, around = reader.meta.get("ac_graph_id"), module_path(reader)
+    if number is None:
+        return ""
+    paths = [module_path(node) for node in reader.graph.nodes if node.meta.get("ac_graph_id") == number]
+    inner = [path[len(around)].split(".") for path in paths if path[: len(around)] == around != path]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*inner, strict=False))
+    return ".".join(parts[0] for parts in alike)
 
 
 def _inside(path: str, model_path: str) -> str:

@@ -61,6 +61,33 @@ def test_gradients_are_those_without_checkpoints(call):
     torch.testing.assert_close(gradients(model, model), wanted, rtol=1e-10, atol=1e-10)
 
 
+class Bare(nn.Module):
+    """Its state goes into no module first."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.up, self.down = mlp.up, mlp.down
+
+    def forward(self, x):
+        h = torch.nn.functional.rms_norm(x, x.shape[-1:])
+        return x + self.down(self.up(h).tanh())
+
+
+@pytest.mark.parametrize("call", ["call", "forward"])
+def test_a_layer_is_known_by_what_runs_in_its_checkpoint(call):
+    model = Checkpointed().double()
+    model.layers = nn.ModuleList([Bare(layer.mlp) for layer in model.layers])
+    model = attached(ar.AttnResConfig(num_blocks=2), model)
+    new = ar.as_rewritten(model, (ids(),))
+    wanted = gradients(new, new)
+    model.call = call
+    model.compile(**QUICK)
+    torch.testing.assert_close(gradients(model, model), wanted, rtol=1e-10, atol=1e-10)
+    model.order = (1, 0, 2)
+    with pytest.raises(BackendCompilerFailed, match="state 1 of stream is read by"):
+        model(ids())
+
+
 @pytest.mark.parametrize("call", ["call", "forward"])
 def test_another_order_is_refused(call):
     model = attached(ar.AttnResConfig(num_blocks=2))
