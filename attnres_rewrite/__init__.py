@@ -45,6 +45,7 @@ from attnres_rewrite.unflatten import unflatten
 from attnres_rewrite.version import __version__
 
 if TYPE_CHECKING:
+    from attnres_rewrite.first_values import initialize
     from attnres_rewrite.pipeline.build import build_pipeline
     from attnres_rewrite.pipeline.picture import draw_pipeline
     from attnres_rewrite.pipeline.pipeline import Pipeline
@@ -88,6 +89,7 @@ __all__ = [
     "draw_pipeline",
     "diagnose",
     "html_report",
+    "initialize",
     "inspect",
     "load",
     "load_attnres_parameters",
@@ -104,11 +106,16 @@ __all__ = [
 ]
 
 
-_OF_PIPELINES = {"Pipeline": "pipeline", "build_pipeline": "build", "draw_pipeline": "picture"}
+_DISTRIBUTED = {
+    "Pipeline": "pipeline.pipeline",
+    "build_pipeline": "pipeline.build",
+    "draw_pipeline": "pipeline.picture",
+    "initialize": "first_values",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch.distributed.pipelining when it is asked for: not every build of torch has it."""
-    if name in _OF_PIPELINES:
-        return getattr(import_module(f"attnres_rewrite.pipeline.{_OF_PIPELINES[name]}"), name)
+    """Import what needs torch.distributed when it is asked for: not every build of torch has it."""
+    if name in _DISTRIBUTED:
+        return getattr(import_module(f"attnres_rewrite.{_DISTRIBUTED[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

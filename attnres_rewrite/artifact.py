@@ -29,7 +29,8 @@ from attnres_rewrite.errors import ArtifactError, explain, saying_what_cannot_be
 from attnres_rewrite.graph_json import graph_from_json, graph_to_json
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.model_caches import register_dynamic_cache
-from attnres_rewrite.module import ExampleInputs, RewrittenModule, require_rewritten
+from attnres_rewrite.module import ExampleInputs, RewrittenModule, moved_program, require_rewritten
+from attnres_rewrite.moving import move_attributes
 from attnres_rewrite.program_json import program_from_json, program_to_json
 from attnres_rewrite.report import RewriteReport, report_from_dict
 from attnres_rewrite.tensor_tree import add_tensors, holder_of, tensors_of
@@ -148,11 +149,15 @@ def _bodies_of(new: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
             yield name, module
 
 
-def load(folder: str | os.PathLike[str]) -> RewrittenModule:
+def load(folder: str | os.PathLike[str], device: torch.device | str | None = None) -> RewrittenModule:
     """Read a saved rewrite; no pickle, no code of the model.
 
     The folder is checked whole before anything is built. Import the library that defines the model's output class
     first where it has one of its own; transformers is imported when needed.
+
+    Args:
+        folder: What `save` wrote.
+        device: Where the model shall be; None is where it was when it was saved.
 
     Raises:
         ArtifactError: The folder is no saved rewrite, is damaged, or is of a newer format.
@@ -160,7 +165,7 @@ def load(folder: str | os.PathLike[str]) -> RewrittenModule:
     path = Path(folder).absolute()
     header = _checked_header(path)
     try:
-        return _build(path, header)
+        return _build(path, header, None if device is None else torch.device(device))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, SafetensorError) as why:
         raise ArtifactError(
             explain(
@@ -205,13 +210,17 @@ def _checked_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
+def _build(path: Path, header: dict[str, Any], device: torch.device | None) -> RewrittenModule:
     facts = json.loads((path / "program.json").read_text())
     _import_output_classes(facts)
-    _refuse_missing_devices(path, facts)
+    if device is None:
+        _refuse_missing_devices(path, facts)
     tree = _tree_of_bodies(facts["bodies"])
-    add_tensors(tree, facts["tensors"], safetensors.torch.load_file(path / "weights.safetensors"))
+    add_tensors(tree, facts["tensors"], safetensors.torch.load_file(path / "weights.safetensors"), device)
     programs = [program_from_json(program) for program in facts["programs"]]
+    if device is not None:
+        programs = [moved_program(program, device) for program in programs]
+        move_attributes(tree, [program.graph for program in programs], device)
     for program in programs:
         for graph in (program.graph, program.original):
             graph.owning_module = None
@@ -222,6 +231,8 @@ def _build(path: Path, header: dict[str, Any]) -> RewrittenModule:
     inputs = safetensors.torch.load_file(path / "inputs.safetensors")
     leaves = [inputs.get(str(index), _number_from_json(value)) for index, value in enumerate(facts["inputs"])]
     example = _example_inputs(programs[0].original, leaves)
+    if device is not None:
+        example = example.on(device)
     return RewrittenModule(tree, modes, header["training"], config_from(header["config"]), report, example)
 
 
@@ -235,8 +246,8 @@ def _refuse_missing_devices(path: Path, facts: Mapping[str, Any]) -> None:
                 explain(
                     f"the saved rewrite is on {device}, which this machine has not",
                     str(path),
-                    "A captured graph keeps its devices.",
-                    "Load it on a machine that has it, or rewrite the model on this one.",
+                    "",
+                    'Say where it shall be: attnres_rewrite.load(folder, device="cpu").',
                 )
             ) from why
 

@@ -120,6 +120,8 @@ class AttnResConfig:
         return {name: size for name, size in sizes.items() if name == "query" or getattr(self, name)}
 
 
+# what every number of a read's parameters starts as
+START_VALUES = {"query": 0.0, "key_norm": 1.0, "gate": 0.0}
 _VARIANTS = frozenset(["num_heads", "key_rank", "gate", "recency_bias"])
 
 

@@ -2,19 +2,22 @@
 
 `.train()` and `.eval()` switch the graph, as dropout and stochastic depth are part of a captured graph. Both
 graphs read one tree of parameters. Their forwards are generated once, so that torch.compile sees two
-functions and keeps a compilation of each.
+functions and keeps a compilation of each. `.to(device)` brings along what the graphs make themselves.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.inductor_fix import mend_inductor
+from attnres_rewrite.moving import move_attributes, move_graph
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -40,6 +43,14 @@ class ExampleInputs:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def on(self, device: torch.device) -> "ExampleInputs":
+        """Return them on a device; a tensor without numbers stays where it is."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+
+        return ExampleInputs(*pytree.tree_map(moved, (self.args, self.kwargs)))
+
 
 class ModalModule(fx.GraphModule):
     """A GraphModule with a graph for each mode, all on one tree of parameters; its class name is given.
@@ -55,7 +66,17 @@ class ModalModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), class_name=class_name)
         adopt_tree(self, tree)
         self.graphs = dict(graphs)
+        for module in self.modules():
+            module.training = training
+        self._device = self._device_of_parameters()
+        self._class = type(self)
+        self._generate()
+
+    def _generate(self) -> None:
+        """Make the forward of each graph, and use that of the present mode."""
         self._forwards: dict[bool, dict[str, Any]] = {}
+        # fully_shard gives a module another class, in which what fx generates would call itself
+        wrapped, self.__class__ = self.__class__, self._class
         for mode, graph in self.graphs.items():
             twin = not mode
             if twin in self._forwards and self.graphs[twin] is graph:
@@ -65,9 +86,36 @@ class ModalModule(fx.GraphModule):
             give_constants_as_defaults(type(self).forward, graph)
             kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
             self._forwards[mode] = kept | {"forward": type(self).forward}
+        self.__class__ = wrapped
+        self._use(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Do what `to`, `cuda`, `cpu` and `to_empty` do, for the graphs as well; what was tied stays tied."""
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in self.modules():
-            module.training = training
-        self._use(training)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((module._parameters, name))
+        super()._apply(fn, recurse)
+        for (first, its_name), *others in places.values():  # between some devices torch makes a new one in each place
+            for table, name in others:
+                table[name] = first[its_name]
+        device = self._device_of_parameters()
+        if device is not None and device != self._device:
+            self._move_graphs(device)
+            self._device = device
+        return self
+
+    def _device_of_parameters(self) -> torch.device | None:
+        """Return the device of all parameters, or None where they have several."""
+        devices = {parameter.device for parameter in self.parameters()}
+        return devices.pop() if len(devices) == 1 else None
+
+    def _move_graphs(self, device: torch.device) -> None:
+        moved = {id(graph): _moved(graph, device)[0] for graph in self.graphs.values()}
+        self.graphs = {mode: moved[id(graph)] for mode, graph in self.graphs.items()}
+        move_attributes(self, self.graphs.values(), device)
+        self._generate()
 
     def train(self, mode: bool = True) -> Self:
         """Switch to the graph captured in this mode.
@@ -149,11 +197,32 @@ class RewrittenModule(ModalModule):
         self.programs = dict(programs)
         self.config, self.report, self.example_inputs = config, report, example_inputs
 
+    def _move_graphs(self, device: torch.device) -> None:
+        moved = {id(program): moved_program(program, device) for program in self.programs.values()}
+        self.programs = {mode: moved[id(program)] for mode, program in self.programs.items()}
+        self.graphs = {mode: program.graph for mode, program in self.programs.items()}
+        move_attributes(self, self.graphs.values(), device)
+        self.example_inputs = self.example_inputs.on(device)
+        self._generate()
+
     def _why_one_mode(self, missing: str) -> str:
         return "".join(self.report.capture.notes) or super()._why_one_mode(missing)
 
     def _on(self, tree: nn.Module) -> "RewrittenModule":
         return RewrittenModule(tree, self.programs, self.training, self.config, self.report, self.example_inputs)
+
+
+def moved_program(program: Program, device: torch.device) -> Program:
+    """Return the same program on another device; the given one stays, as copies of a module share it."""
+    original, copies = _moved(program.original, device)
+    plans = tuple(map_plan(plan, copies) for plan in program.plans)
+    return Program(_moved(program.graph, device)[0], original, plans)
+
+
+def _moved(graph: fx.Graph, device: torch.device) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    graph, copies = copy_graph(graph)
+    move_graph(graph, device)
+    return graph, copies
 
 
 def require_rewritten(new: object, function: str) -> None:

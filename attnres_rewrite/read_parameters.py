@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from attnres_rewrite.config import START_VALUES
 from attnres_rewrite.errors import ArtifactError, NotAttachedError, explain
 
 
@@ -119,6 +120,11 @@ def _plain_name(name: str) -> str | None:
     """Return the name that attach() gave a query or gain, or None for any other parameter."""
     found = _OF_READ.fullmatch(name)
     return found["owner"] + found["read"] if found else None
+
+
+def start_value(name: str) -> float | None:
+    """Return what every number of a query, a gain or a gate of this name starts as; None for any other parameter."""
+    return START_VALUES[name.rpartition(".")[2]] if _OF_READ.fullmatch(name) else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:

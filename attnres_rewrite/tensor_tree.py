@@ -43,8 +43,12 @@ def _named_tensors(new: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any]
             yield dot + name, value, {"kind": "constant"}
 
 
-def add_tensors(tree: nn.Module, table: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+def add_tensors(
+    tree: nn.Module, table: Mapping[str, Any], stored: Mapping[str, Tensor], device: torch.device | None = None
+) -> None:
     """Put `stored` tensors into `tree` under every name of the table; modules that are missing are made.
+
+    They go to `device`, or each to the one that the table has.
 
     They are copied: those that safetensors maps from a file lie at any multiple of their element's size, and matrix
     products round differently from weights that are not aligned as torch aligns its own.
@@ -53,7 +57,7 @@ def add_tensors(tree: nn.Module, table: Mapping[str, Any], stored: Mapping[str, 
     for name, entry in table.items():
         source = entry["stored_as"]
         if source not in made:
-            value = stored[source].to(entry["device"], copy=True)
+            value = stored[source].to(device or entry["device"], copy=True)
             is_parameter = entry["kind"] == "parameter"
             made[source] = nn.Parameter(value, entry["requires_grad"]) if is_parameter else value
         holder, leaf = holder_of(tree, name.rpartition(".")[0]), name.rpartition(".")[2]

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import Argument
 
-from attnres_rewrite.config import AttnResConfig
+from attnres_rewrite.config import START_VALUES, AttnResConfig
 from attnres_rewrite.errors import AlreadyRewrittenError
 from attnres_rewrite.fxgraph import op_name, place_meta, shape_of, tensor_of
 from attnres_rewrite.kernels.read.op import block_attn_res
@@ -57,8 +57,8 @@ def add_parameters(root: nn.Module, plans: Sequence[BlockPlan], config: AttnResC
         for read in plan.reads:
             holder = _submodule(root, read.name)
             for name, size in sizes.items():
-                start = torch.ones if name == "key_norm" else torch.zeros
-                setattr(holder, name, nn.Parameter(start(size, dtype=dtype, device=device)))
+                start = torch.full((size,), START_VALUES[name], dtype=dtype, device=device)
+                setattr(holder, name, nn.Parameter(start))
 
 
 def _parameter_dtype(stream: ResidualStream, config: AttnResConfig) -> torch.dtype:

@@ -21,7 +21,7 @@ def check_captured(value: Tensor, dtype: torch.dtype | None, device: torch.devic
     if device is not None and kind != device.type:
         raise TypeError(
             f"a tensor is on {value.device} and was captured on {device}: a captured graph keeps its device. "
-            f"Rewrite the model on {kind}"
+            f"Move what was rewritten, with its method to({kind!r}): it takes the graph along"
         )
     if dtype is None or value.dtype == dtype:
         return

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.fx.node import map_aggregate
 
 from attnres_rewrite.errors import PartitionError, explain
+from attnres_rewrite.first_values import give_memory
 from attnres_rewrite.fxgraph import can_learn, shape_of, tensor_of
+from attnres_rewrite.moving import move_attributes, move_graph
 from attnres_rewrite.passes.partition import StageGraph
 from attnres_rewrite.pipeline.pipeline import Pipeline, TiedParameter, model_name
 from attnres_rewrite.pipeline.plan import PipelinePlan
@@ -38,6 +39,8 @@ def build_pipeline(
     Gradients are the mean over microbatches, as torch's schedules make them. A plan is built once: its stages are used.
     What other ranks run is freed when neither the plan nor the model is referred to any more.
 
+    The stages of a model on the meta device get memory, and values by `Pipeline.initialize`.
+
     Args:
         plan: Of `partition`; its sizes are those of one microbatch.
         schedule: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble or DualPipeV.
@@ -49,8 +52,8 @@ def build_pipeline(
         wrap: Applied to the module of each stage: torch.compile, DistributedDataParallel or fully_shard.
 
     Raises:
-        ValueError: The schedule does not fit the plan, the microbatches or the version of torch, the group has another
-            number of processes, or the model has no weights.
+        ValueError: The schedule does not fit the plan, the microbatches or the version of torch, or the group has
+            another number of processes.
         PartitionError: The model returns something that is not a tensor, a later stage takes an input with the name of
             an argument of `Pipeline.step`, or another rank builds something else.
     """
@@ -61,9 +64,10 @@ def build_pipeline(
     own = [routes.stage for routes in plan.routes if routes.rank == rank]
     graphs = _with_own_parameters([plan.stages[number] for number in own])
     stages: list[BlockCacheStage] = []
+    awaits_values = False
     for number, graph in zip(own, graphs, strict=True):
         is_first, is_last = number == 0, number == len(plan.stages) - 1
-        _move_constants(graph.module, torch.device(device))
+        awaits_values |= _put_on(graph.module, torch.device(device))
         if facts.splits_backward and not is_first:
             join_parameters(graph.module, len(graph.inputs))
         module: nn.Module = StageModule(
@@ -85,7 +89,7 @@ def build_pipeline(
             )
         )
     made: Any = get_schedule_class(schedule)
-    return Pipeline(
+    pipeline = Pipeline(
         schedule=made(stages if plan.num_virtual > 1 else stages[0], n_microbatches, loss_fn=loss_fn),
         stages=tuple(stages),
         store=store,
@@ -94,17 +98,21 @@ def build_pipeline(
         examples={name: example for stage in plan.stages for name, example in _inputs(stage).items()},
         has_loss=loss_fn is not None,
         aliases=plan.aliases,
+        awaited=[],
     )
+    if awaits_values:
+        pipeline.awaited.extend(pipeline.named_tensors())
+    return pipeline
 
 
-def _move_constants(module: fx.GraphModule, device: torch.device) -> None:
-    """Make what the graph creates, such as a mask, on `device`: a capture has the device it was made on."""
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            node.args, node.kwargs = map_aggregate(
-                (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
-            )
+def _put_on(module: fx.GraphModule, device: torch.device) -> bool:
+    """Have a stage make what it makes on its device, with memory for what is on meta; say whether something was."""
+    move_graph(module.graph, device)
+    move_attributes(module, [module.graph], device)
     module.recompile()
+    is_meta = any(value.is_meta for value in (*module.parameters(), *module.buffers()))
+    give_memory(module, device)
+    return is_meta
 
 
 def _checked(
@@ -121,8 +129,6 @@ def _checked(
             "older ones give wrong gradients where they split a backward. 1F1B and Interleaved1F1B run on every version"
         )
     _refuse_names_of_step(plan)
-    if any(value.is_meta for stage in plan.stages for value in (*stage.module.parameters(), *stage.module.buffers())):
-        raise ValueError("the model is on the meta device: give it its weights, and partition it then")
     if n_microbatches < 1:
         raise ValueError(f"n_microbatches={n_microbatches} must be at least 1")
     size = dist.get_world_size(group)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from attnres_rewrite.first_values import Init, fill, lacks_values, placed_as
 from attnres_rewrite.pipeline.failures import ending_together
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, by_position
 
@@ -34,6 +35,7 @@ class Pipeline:
     examples: Mapping[str, Tensor]  # meta tensors of what the stages of all ranks take from the user, one microbatch
     has_loss: bool
     aliases: Mapping[str, tuple[str, ...]]  # other names that the state dict of the model has
+    awaited: list[tuple[str, Tensor]]  # parameters and buffers of a model from the meta device, until all have values
 
     def step(
         self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any
@@ -98,6 +100,7 @@ class Pipeline:
         kwargs: dict[str, Any],
     ) -> Any:
         with ending_together():
+            self._check_values()
             has_first, has_last = (
                 any(getattr(stage, name) for stage in self.stages) for name in ("is_first", "is_last")
             )
@@ -107,6 +110,15 @@ class Pipeline:
             target, losses = (target, losses) if has_last else (None, None)
             options = kwargs | {"return_outputs": not any(stage.returns_scalars for stage in self.stages)}
             return schedule(*(args if has_first else ()), target=target, losses=losses, **options)
+
+    def _check_values(self) -> None:
+        lacking = [name for name, value in self.awaited if lacks_values(value)]
+        if lacking:
+            raise RuntimeError(
+                f"{lacking[0]}, one of {len(lacking)}, has no values yet: the model was on the meta device. Call "
+                "pipeline.initialize(model, init), and load_state_dict() after it if there is a checkpoint"
+            )
+        self.awaited.clear()
 
     def _check_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         given = dict(kwargs)
@@ -156,6 +168,23 @@ class Pipeline:
         """
         for stage in self.stages:
             stage.seed, stage.step = seed, step - 1
+
+    def initialize(self, model: nn.Module, init: Init, *, seed: int = 0) -> None:
+        """Give this rank's stages the first values of a model that was partitioned on the meta device.
+
+        The same for every partition, and in all copies of a parameter that several stages use; on GPUs torch draws
+        other numbers than on a CPU. Takes and raises what `attnres_rewrite.initialize` does.
+        """
+        with ending_together():
+            fill(self.named_tensors(), model, init, seed)
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Return the parameters and buffers of this rank's stages under the names they have in the model."""
+        return [
+            (model_name(name), value)
+            for stage in self.stages
+            for name, value in (*stage.submod.named_parameters(), *stage.submod.named_buffers())
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters of this rank's stages, for its optimizer."""
@@ -216,7 +245,7 @@ class Pipeline:
                 _refuse_another_shape(name, value, state[name])
             for name, value in own:
                 if isinstance(value, Tensor):
-                    value.copy_(_placed_as(value, state[name]))
+                    value.copy_(placed_as(value, state[name], is_everywhere=False))
             for name, kept in states:
                 for key, value in kept.items():
                     if not isinstance(value, Tensor):
@@ -282,13 +311,6 @@ def _refuse_another_shape(name: str, own: Any, saved: Any) -> None:
     """Refuse what copy_ would broadcast without a word."""
     if isinstance(own, Tensor) and own.shape != saved.shape:
         raise ValueError(f"{name} is {list(saved.shape)} in the state dict, and {list(own.shape)} here")
-
-
-def _placed_as(value: Tensor, saved: Tensor) -> Tensor:
-    """Return a whole tensor in the shards of `value`, if that is what fully_shard distributes."""
-    if not isinstance(value, DTensor) or isinstance(saved, DTensor):
-        return saved
-    return distribute_tensor(saved.to(value.device), value.device_mesh, value.placements)
 
 
 def _local(gradient: Any) -> Tensor:

@@ -343,13 +343,6 @@ def test_weights_that_are_mapped_from_a_file_are_not_copied(tmp_path):
     assert places <= {parameter.data_ptr() for parameter in built(rewritten(model)).parameters()}
 
 
-def test_a_model_without_weights():
-    with torch.device("meta"):
-        model = Gpt(depth=2)
-    with pytest.raises(ValueError, match="on the meta device: give it its weights"):
-        built(ar.rewrite(model, (example.to("meta"),), verify=False, dynamic_shapes={}))
-
-
 # Once wrong: KeyError, as the stage had the buffer in its state dict
 def test_what_the_state_dict_of_the_model_leaves_out():
     new = rewritten(Buffered())
