@@ -192,7 +192,7 @@ def plan_program(program: fx.GraphModule, config: AttnResConfig) -> Planned:
     join_slices(program.graph)
     search = find_stream(program)
     refuse_mixed_grad_modes(program.graph, search.streams)
-    relax_views(program.graph, search.streams)
+    relax_views(program)
     return Planned(program, search, plan_blocks(program.graph, search.streams, config))
 
 

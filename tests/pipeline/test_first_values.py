@@ -38,9 +38,8 @@ def loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def built(new: ar.RewrittenModule, num_ranks: int = 1, num_virtual: int = 2, **options) -> ar.Pipeline:
     plan = ar.partition(new, num_ranks, num_virtual)
-    return ar.build_pipeline(
-        plan, "Interleaved1F1B", n_microbatches=MICROBATCHES, device="cpu", loss_fn=loss_of, **options
-    )
+    schedule = "Interleaved1F1B" if num_virtual > 1 else "1F1B"
+    return ar.build_pipeline(plan, schedule, n_microbatches=MICROBATCHES, device="cpu", loss_fn=loss_of, **options)
 
 
 def init_of(model: nn.Module):
@@ -83,7 +82,7 @@ def run_shards() -> None:
     model, new = on_meta()
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "dp"))
     wrap = functools.partial(fully_shard, mesh=mesh["dp"])
-    pipeline = built(new, group=mesh["pp"].get_group(), wrap=wrap)
+    pipeline = built(new, num_virtual=1, group=mesh["pp"].get_group(), wrap=wrap)
     assert all(isinstance(value, DTensor) for value in pipeline.parameters())
     pipeline.initialize(model, init_of(model))
     check(pipeline, is_first=True)
