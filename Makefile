@@ -5,7 +5,7 @@
 #   make check      format, lint, types, layers
 #   make bench      the benchmarks of the passes, the operations and a training step, on a CPU
 #   make docs       the documentation site, into site/; a warning is an error
-#   make gpu        the kernels' tests and the benchmarks on a GPU; without one it says so.
+#   make gpu        the tests of what runs on a GPU, and the benchmarks, there; without one it says so.
 #                   GPU_PARTS="tests reads" runs these alone, GPU_SECONDS=500 gives each more time; GPU_PARTS=backend
 #                   times the step of an attached model, and compiling, which take minutes of their own
 PYTHON ?= python3
@@ -73,7 +73,7 @@ gpu-run:
 	  name=$$1; shift; case " $(GPU_PARTS) " in *" $$name "*) ;; *) return 0;; esac; \
 	  echo "$$name: $$*"; timeout --signal=INT --kill-after=15 $(GPU_SECONDS) "$$@" || failed="$$failed $$name"; \
 	}; \
-	part tests $(GPU_PYTHON) -m pytest -q tests/kernels -m "not slow" -p no:cacheprovider -W default $$workers; \
+	part tests $(GPU_PYTHON) -m pytest -q tests/kernels tests/test_on_gpu.py -m "not slow" -p no:cacheprovider -W default $$workers; \
 	part reads $(GPU_PYTHON) benchmarks/reads.py --device cuda --json $(GPU_RESULTS)/reads_cuda.json; \
 	part block $(GPU_PYTHON) benchmarks/block.py --device cuda --json $(GPU_RESULTS)/block_cuda.json; \
 	part block-4096 $(GPU_PYTHON) benchmarks/block.py --device cuda --width 4096 --variants flash-attn-res \

@@ -79,16 +79,25 @@ def _refuse_meta(new: RewrittenModule, inputs: ExampleInputs) -> None:
 def _refuse_too_large(new: RewrittenModule) -> None:
     """Raise ProofError rather than run out of memory: parameters, two sets of gradients, and what backward keeps."""
     needed = 4 * 8 * sum(parameter.numel() for parameter in new.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device = next(new.parameters()).device
+    where, there = ("this machine", _memory_of_machine()) if device.type != "cuda" else (str(device), _memory_of(device))
     if needed > there:
         raise ProofError(
             explain(
-                f"the proofs, in float64, need about {needed / 2**30:.0f} GiB; this machine has {there / 2**30:.0f}",
+                f"the proofs, in float64, need about {needed / 2**30:.0f} GiB; {where} has {there / 2**30:.0f}",
                 None,
                 "A proof is about the graph, not about its size.",
                 "Prove the same architecture with fewer layers, and rewrite this one with verify=False (--no-verify).",
             )
         )
+
+
+def _memory_of_machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _prove_original(
