@@ -332,7 +332,9 @@ def _same_node(left: fx.Node, right: fx.Node, one: fx.GraphModule, other: fx.Gra
         return True
     if all(isinstance(value, fx.GraphModule) for value in values):
         return same_program(*values)
-    return all(isinstance(value, torch.Tensor) for value in values) and torch.equal(*values)
+    # numbers on meta cannot be compared
+    are_known = all(isinstance(value, torch.Tensor) and not value.is_meta for value in values)
+    return are_known and torch.equal(*values)
 
 
 _REQUIRED = object()

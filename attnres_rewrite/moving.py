@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph
+from attnres_rewrite.errors import CaptureError, explain
 
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
@@ -35,8 +36,8 @@ def _recorded_on(value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
     if isinstance(value, FakeTensor):
-        with torch.no_grad(), value.fake_mode:
-            return value.to(device)
+        with value.fake_mode:
+            return torch.empty_like(value, device=device)
     return torch.empty((), dtype=value.dtype, device=device).expand(value.shape)
 
 
@@ -44,6 +45,9 @@ def move_attributes(root: nn.Module, graphs: Iterable[fx.Graph], device: torch.d
     """Move what graphs of `root` read that torch does not: constants, and the bodies of calls, in place.
 
     A body is replaced by a copy: other modules have the same one.
+
+    Raises:
+        CaptureError: A constant was made on meta, and has no numbers to take elsewhere.
     """
     for target in {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}:
         path, _, name = target.rpartition(".")
@@ -55,5 +59,18 @@ def move_attributes(root: nn.Module, graphs: Iterable[fx.Graph], device: torch.d
             moved = fx.GraphModule(value, graph, class_name=value._get_name())
             move_attributes(moved, [moved.graph], device)
             setattr(owner, name, moved)
-        elif name in vars(owner) and not value.is_meta:
-            setattr(owner, name, value.to(device))
+        elif name in vars(owner):
+            value = getattr(value, "_attnres_numbers", value)
+            if value.is_meta and device.type != "meta":
+                raise CaptureError(
+                    explain(
+                        f"{target}, which the forward makes, is on the meta device: its numbers are lost",
+                        None,
+                        "torch.tensor(number, device=x.device) makes such a constant.",
+                        "Make it on the CPU, torch.tensor(number).to(x.device), or register it as a buffer.",
+                    )
+                )
+            moved = value.to(device)
+            if moved.is_meta and not value.is_meta:
+                moved._attnres_numbers = value  # for the way back: no state dict has a constant
+            setattr(owner, name, moved)

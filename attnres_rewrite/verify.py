@@ -80,7 +80,9 @@ def _refuse_too_large(new: RewrittenModule) -> None:
     """Raise ProofError rather than run out of memory: parameters, two sets of gradients, and what backward keeps."""
     needed = 4 * 8 * sum(parameter.numel() for parameter in new.parameters())
     device = next(new.parameters()).device
-    where, there = ("this machine", _memory_of_machine()) if device.type != "cuda" else (str(device), _memory_of(device))
+    where, there = (
+        ("this machine", _memory_of_machine()) if device.type != "cuda" else (str(device), _memory_of(device))
+    )
     if needed > there:
         raise ProofError(
             explain(

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import attnres_rewrite as ar
+from attnres_rewrite import first_values
 from tests.networks import VOCAB, WIDTH, Gpt
 from tests.processes import run_on_ranks
 
@@ -35,18 +36,21 @@ class Tabled(Gpt):
         return self.head(self.norm(x) * self.mask.unsqueeze(-1))
 
 
-def fresh(name: str, module: nn.Module) -> None:
-    """Set all that one module has of its own."""
-    if isinstance(module, Tabled):
-        nn.init.normal_(module.token)
-        module.table.copy_(torch.arange(5 * WIDTH).view(5, WIDTH) / 80)
-        module.mask.fill_(value=True)
-    elif isinstance(module, nn.LayerNorm):
-        module.reset_parameters()
-    else:
-        nn.init.normal_(module.weight, std=0.5 if name.endswith("down") else 0.1)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def fresh(model: nn.Module) -> None:
+    """Set every number of the model, some of them from a module around theirs."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith("down.weight"):
+            parameter.data.normal_(std=0.5)
+    nn.init.normal_(model.token)
+    model.table.copy_(torch.arange(5 * WIDTH).view(5, WIDTH) / 80)
+    model.mask.fill_(value=True)
 
 
 def on_meta() -> tuple[nn.Module, ar.RewrittenModule]:
@@ -76,12 +80,20 @@ def test_every_number_is_set_by_the_code_of_its_module():
 
 def test_the_network_computes_what_the_original_does_with_these_weights():
     new, model = initialized(), Tabled()
-    model.load_state_dict(new.state_dict(), strict=False)
-    fresh("", model)
+    fresh(model)
     model.load_state_dict(new.state_dict(), strict=False)
     ids = torch.randint(0, VOCAB, (2, 5))
     torch.testing.assert_close(new(ids), model(ids))
     assert ar.verify(new, (ids,)).passed
+
+
+def test_the_model_stays_on_meta():
+    model, new = on_meta()
+    before = {name: id(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    new.to_empty(device="cpu")
+    ar.initialize(new, model, fresh)
+    assert before == {name: id(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    assert all(value.is_meta for value in model.parameters())
 
 
 def test_numbers_follow_from_the_seed_and_the_name():
@@ -94,29 +106,30 @@ def test_numbers_follow_from_the_seed_and_the_name():
     assert not torch.equal(first.get_parameter("layers.0.mlp.up.weight"), first.get_parameter("layers.1.mlp.up.weight"))
 
 
-def test_a_tied_parameter_is_what_the_last_of_its_modules_makes_it():
-    def by_kind(name: str, module: nn.Module) -> None:
-        fresh(name, module)
-        if name in ("embed", "head"):
-            module.weight.fill_({"embed": 1.0, "head": 2.0}[name])
+def test_a_tied_parameter_is_what_the_code_leaves_in_it():
+    def by_name(model: nn.Module) -> None:
+        fresh(model)
+        model.embed.weight.fill_(1.0)
+        model.head.weight.fill_(2.0)
 
     model, new = on_meta()
     new.to_empty(device="cpu")
-    ar.initialize(new, model, by_kind)
+    ar.initialize(new, model, by_name)
     weights = {name: value for name, value in new.state_dict().items() if name in ("embed.weight", "head.weight")}
     assert all((value == 2).all() for value in weights.values())
 
 
 def test_a_tensor_that_init_puts_in_place_of_its_own_counts():
-    def replaces(name: str, module: nn.Module) -> None:
-        fresh(name, module)
-        if isinstance(module, Tabled):
-            module.table = torch.full((5, WIDTH), 3.0)
+    def replaces(model: nn.Module) -> None:
+        fresh(model)
+        model.table = torch.full((5, WIDTH), 3.0)
+        model.embed.weight = nn.Parameter(torch.full((VOCAB, WIDTH), 4.0))
 
     model, new = on_meta()
     new.to_empty(device="cpu")
     ar.initialize(new, model, replaces)
     assert (new.table == 3).all()
+    assert (new.get_parameter("embed.weight") == 4).all()
 
 
 def test_the_weights_of_transformers():
@@ -128,7 +141,7 @@ def test_the_weights_of_transformers():
         model = LlamaForCausalLM(config)
     new = ar.rewrite(model, (example.to("meta"),), {"use_cache": False}, CONFIG, verify=False)
     new.to_empty(device="cpu")
-    ar.initialize(new, model, lambda name, module: model._init_weights(module))
+    ar.initialize(new, model, lambda model: model.initialize_weights())
     original = LlamaForCausalLM(config)
     original.load_state_dict(new.state_dict(), strict=False)
     torch.testing.assert_close(new(example).logits, original(example).logits)
@@ -140,7 +153,7 @@ def test_the_weights_of_transformers():
     [
         (lambda model, init: (Gpt(depth=2), init), "has no parameter or buffer token"),
         (lambda model, init: (nn.ModuleDict({"layers": model.layers}), init), "has no parameter or buffer"),
-        (lambda model, init: (model, lambda name, module: None), "init left .* without values"),
+        (lambda model, init: (model, lambda model: None), "init left .* without values"),
         (lambda model, init: (Wider(), init), r"embed.weight is \[31, 8\] in the model that was given"),
         (lambda model, init: (model, functools.partial(leaves_out, "mask")), "init left mask without values"),
         (lambda model, init: (model, functools.partial(leaves_out, "token")), "init left token without values"),
@@ -160,20 +173,16 @@ class Wider(Tabled):
         self.embed = nn.Embedding(VOCAB, 8)
 
 
-def leaves_out(leaf: str, name: str, module: nn.Module) -> None:
-    if not isinstance(module, Tabled):
-        return fresh(name, module)
-    kept = getattr(module, leaf)
-    setattr(module, leaf, type(kept)(kept.clone()) if leaf == "token" else kept.clone())
-    fresh(name, module)
-    setattr(module, leaf, kept)
-    return None
+def leaves_out(leaf: str, model: nn.Module) -> None:
+    kept = getattr(model, leaf)
+    setattr(model, leaf, type(kept)(kept.clone()) if leaf == "token" else kept.clone())
+    fresh(model)
+    setattr(model, leaf, kept)
 
 
-def reshapes(name: str, module: nn.Module) -> None:
-    fresh(name, module)
-    if isinstance(module, Tabled):
-        module.token = nn.Parameter(torch.zeros(3))
+def reshapes(model: nn.Module) -> None:
+    fresh(model)
+    model.token = nn.Parameter(torch.zeros(3))
 
 
 def test_without_memory():
@@ -182,7 +191,21 @@ def test_without_memory():
         ar.initialize(new, model, fresh)
 
 
+def test_the_weights_that_a_module_around_them_sets():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=2, n_positions=8, use_cache=False)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    new = ar.rewrite(model, (example.to("meta"),), {"use_cache": False}, CONFIG, verify=False).to_empty(device="cpu")
+    ar.initialize(new, model, lambda model: model.initialize_weights())
+    # GPT-2 scales the projections into the stream by its depth: 0.02 / sqrt(2 * 2)
+    assert new.get_parameter("transformer.h.1.mlp.c_proj.weight").detach().std() == pytest.approx(0.01, rel=0.05)
+    assert new.get_parameter("transformer.h.1.mlp.c_fc.weight").detach().std() == pytest.approx(0.02, rel=0.05)
+
+
 def shard_and_compare(folder: str) -> None:
+    first_values._WHOLE_BYTES = 4096  # several groups
     model, new = on_meta()
     part, mesh = ar.unflatten(new, "layers.*"), init_device_mesh("cpu", (2,))
     for name, layer in list(part.layers.named_children()):

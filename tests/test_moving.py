@@ -81,6 +81,19 @@ def test_what_was_rewritten_without_memory_computes_the_same_when_it_has_some():
     assert ar.verify(found, (ids(),)).passed
 
 
+def test_a_constant_that_lost_its_numbers_on_meta():
+    class Scaled(Gpt):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = super().forward(ids)
+            return logits * torch.tensor([2.0], device=logits.device)
+
+    with torch.device("meta"):
+        model = Scaled(depth=2)
+    new = ar.rewrite(model, (ids().to("meta"),), config=CONFIG, verify=False)
+    with pytest.raises(ar.CaptureError, match=r"is on the meta device: its numbers are lost.*\n.*torch.tensor\(number"):
+        new.to_empty(device="cpu")
+
+
 def test_what_is_tied_stays_tied():
     new = copy.deepcopy(masked()[1]).to("meta").to_empty(device="cpu")
     assert new.gpt.head.weight is new.gpt.embed.weight

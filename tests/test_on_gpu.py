@@ -113,6 +113,6 @@ def test_first_values_are_made_there():
     with torch.device("meta"):
         model = llama()
     new = ar.rewrite(model, (ids.to("meta"),), {"use_cache": False}, CONFIG, verify=False).to_empty(device=DEVICE)
-    ar.initialize(new, model, lambda name, module: model._init_weights(module))
+    ar.initialize(new, model, lambda model: model.initialize_weights())
     assert logits_of(new(ids.to(DEVICE))).isfinite().all()
     assert ar.verify(new, (ids.to(DEVICE),), {"use_cache": False}).passed

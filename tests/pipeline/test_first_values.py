@@ -42,15 +42,15 @@ def built(new: ar.RewrittenModule, num_ranks: int = 1, num_virtual: int = 2, **o
     return ar.build_pipeline(plan, schedule, n_microbatches=MICROBATCHES, device="cpu", loss_fn=loss_of, **options)
 
 
-def init_of(model: nn.Module):
-    return lambda name, module: model._init_weights(module)
+def fresh(model: nn.Module) -> None:
+    model.initialize_weights()
 
 
 def reference() -> ar.RewrittenModule:
     """Return the whole model in this process, with the values that a pipeline of it begins with."""
     model, new = on_meta()
     new.to_empty(device="cpu")
-    ar.initialize(new, model, init_of(model))
+    ar.initialize(new, model, fresh)
     return new
 
 
@@ -74,7 +74,7 @@ def check(pipeline: ar.Pipeline, is_first: bool) -> None:
 def run_stages() -> None:
     model, new = on_meta()
     pipeline = built(new, 2)
-    pipeline.initialize(model, init_of(model))
+    pipeline.initialize(model, fresh)
     check(pipeline, dist.get_rank() == 0)
 
 
@@ -84,7 +84,7 @@ def run_shards() -> None:
     wrap = functools.partial(fully_shard, mesh=mesh["dp"])
     pipeline = built(new, num_virtual=1, group=mesh["pp"].get_group(), wrap=wrap)
     assert all(isinstance(value, DTensor) for value in pipeline.parameters())
-    pipeline.initialize(model, init_of(model))
+    pipeline.initialize(model, fresh)
     check(pipeline, is_first=True)
 
 
@@ -114,8 +114,8 @@ def test_without_values_nothing_runs():
     with pytest.raises(RuntimeError, match=r"inv_freq, one of 2, has no values yet"):
         pipeline.step(batch, target=batch)
     with pytest.raises(ValueError, match="init left"):
-        pipeline.initialize(model, lambda name, module: None)
-    pipeline.initialize(model, init_of(model))
+        pipeline.initialize(model, lambda model: None)
+    pipeline.initialize(model, fresh)
     pipeline.step(batch, target=batch)
 
 
