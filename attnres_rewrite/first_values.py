@@ -77,13 +77,16 @@ class _Wanted:
 def fill(values: Iterable[tuple[str, Tensor]], model: nn.Module, init: Init, seed: int) -> None:
     """Do what `initialize` does for these tensors, of which several may have one name."""
     wanted: dict[int, _Wanted] = {}
+    of_reads: list[tuple[Tensor, float]] = []
     for name, value in values:
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device: give it memory first, module.to_empty(device=...)")
         if (start := start_value(name)) is not None:
-            value.fill_(start)
+            of_reads.append((value, start))
         else:
             wanted.setdefault(id(_same_in(model, name, value)), _Wanted(name)).copies.append(value)
+    for value, start in of_reads:
+        value.fill_(start)
     devices = {value.device for each in wanted.values() for value in each.copies}
     for group in _groups(wanted):
         for each in group.values():

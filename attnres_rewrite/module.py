@@ -44,10 +44,11 @@ class ExampleInputs:
     kwargs: dict[str, Any]
 
     def on(self, device: torch.device) -> "ExampleInputs":
-        """Return them on a device; a tensor without numbers stays where it is."""
+        """Return them on a device; they keep their numbers, for when the model comes back from meta."""
 
         def moved(value: Any) -> Any:
-            return value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+            has_numbers = isinstance(value, torch.Tensor) and not value.is_meta
+            return value.to(device) if has_numbers and device.type != "meta" else value
 
         return ExampleInputs(*pytree.tree_map(moved, (self.args, self.kwargs)))
 
@@ -77,16 +78,18 @@ class ModalModule(fx.GraphModule):
         self._forwards: dict[bool, dict[str, Any]] = {}
         # fully_shard gives a module another class, in which what fx generates would call itself
         wrapped, self.__class__ = self.__class__, self._class
-        for mode, graph in self.graphs.items():
-            twin = not mode
-            if twin in self._forwards and self.graphs[twin] is graph:
-                self._forwards[mode] = self._forwards[twin]
-                continue
-            self.graph = graph
-            give_constants_as_defaults(type(self).forward, graph)
-            kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
-            self._forwards[mode] = kept | {"forward": type(self).forward}
-        self.__class__ = wrapped
+        try:
+            for mode, graph in self.graphs.items():
+                twin = not mode
+                if twin in self._forwards and self.graphs[twin] is graph:
+                    self._forwards[mode] = self._forwards[twin]
+                    continue
+                self.graph = graph
+                give_constants_as_defaults(type(self).forward, graph)
+                kept = {name: value for name, value in self.__dict__.items() if name in _GENERATED}
+                self._forwards[mode] = kept | {"forward": type(self).forward}
+        finally:
+            self.__class__ = wrapped
         self._use(self.training)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:

@@ -52,7 +52,15 @@ def test_all_that_a_graph_makes_moves_along(mode):
     new = copy.deepcopy(masked()[1]).train(mode).to("meta")
     assert runs_on(new, "meta")
     assert runs_on(new.train(not mode), "meta")
-    assert all(example.is_meta for example in new.example_inputs.args)
+
+
+def test_example_inputs_are_there_when_it_comes_back():
+    _, new = masked()
+    back = copy.deepcopy(new).to("meta").to_empty(device="cpu")
+    back.load_state_dict(new.state_dict())
+    back.scale.fill_(1.0)
+    assert ar.verify(back).passed
+    torch.testing.assert_close(back(ids()), new(ids()), rtol=0, atol=0)
 
 
 def test_a_copy_stays_where_it_is():
