@@ -14,6 +14,7 @@ from typing import Any
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config
 from attnres_rewrite.errors import ArtifactError, explain, saying_what_cannot_be_written
+from attnres_rewrite.records import counted
 from attnres_rewrite.sublayers import SublayerKind
 
 FORMAT, FORMAT_VERSION = "attnres-diagnosis", 2
@@ -89,8 +90,8 @@ class StreamDiagnosis:
         effective = _range([read.effective_sources for read in self.reads])
         rms = _range([update.output_rms for update in self.updates])
         gradients = _range([update.gradient_norm for update in self.updates])
-        mixed = f"{len(self.reads)} reads of {effective} effective sources"
-        return f"{self.name}: {mixed}, {len(self.updates)} updates of rms {rms}, gradient norms {gradients}"
+        mixed = f"{counted(len(self.reads), 'read')} of {effective} effective sources"
+        return f"{self.name}: {mixed}, {counted(len(self.updates), 'update')} of rms {rms}, gradient norms {gradients}"
 
 
 def _range(figures: Sequence[float]) -> str:
@@ -127,7 +128,7 @@ class Diagnosis:
         loss = "no finite loss" if self.loss is None else f"loss {self.loss:.4f}"
         original = "" if self.baseline_loss is None else f", of the original {self.baseline_loss:.4f}"
         batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
-        head = f"{self.model}: {self.mode} mode, {batches}, {self.num_tokens:,} tokens; {loss}{original}"
+        head = f"{self.model}: {self.mode} mode, {batches}, {counted(self.num_tokens, 'token')}; {loss}{original}"
         return "\n  ".join([head, *map(str, self.streams)])
 
     def to_dict(self) -> dict[str, Any]:

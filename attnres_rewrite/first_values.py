@@ -46,7 +46,9 @@ def initialize(part: nn.Module, model: nn.Module, init: Init, *, seed: int = 0) 
     Raises:
         ValueError: `part` has something that `model` lacks or has in another shape, is on the meta device, or `init`
             left a parameter or a buffer as it was.
+        TypeError: `part` or `model` is no module, or `init` cannot be called.
     """
+    _refuse_what_is_no_module(part)
     values = [*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False)]
     fill(((plain_name(name), value) for name, value in values), model, init, seed)
 
@@ -76,6 +78,9 @@ class _Wanted:
 @torch.no_grad()
 def fill(values: Iterable[tuple[str, Tensor]], model: nn.Module, init: Init, seed: int) -> None:
     """Do what `initialize` does for these tensors, of which several may have one name."""
+    _refuse_what_is_no_module(model)
+    if not callable(init):
+        raise TypeError(f"init is called as init(model); got {type(init).__name__}")
     wanted: dict[int, _Wanted] = {}
     of_reads: list[tuple[Tensor, float]] = []
     for name, value in values:
@@ -96,6 +101,12 @@ def fill(values: Iterable[tuple[str, Tensor]], model: nn.Module, init: Init, see
             init(model)
         for key, each in group.items():
             _take(each, made[key])
+
+
+def _refuse_what_is_no_module(value: object) -> None:
+    if not isinstance(value, nn.Module):
+        hint = ": a pipeline has a method of that name" if hasattr(value, "stages") else ""
+        raise TypeError(f"initialize(part, model, init) takes modules; got {type(value).__name__}{hint}")
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -183,3 +183,8 @@ class Captured:
     fixed_dims: tuple[FixedDim, ...]
     seconds: float
     notes: tuple[str, ...] = ()  # what was not captured, and why
+
+
+def counted(number: int, noun: str) -> str:
+    """Spell a number of things: "1 read", "2,048 reads"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from attnres_rewrite.config import AttnResConfig, config_from, describe_config, dtype_name
-from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, LeftAlone, ReadGroup
+from attnres_rewrite.records import BlockPlan, Captured, FixedDim, FusedRead, LeftAlone, ReadGroup, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class StreamReport:
     def __str__(self) -> str:
         """Say it in a line."""
         blocks = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in self.blocks)
-        size = f"width {self.width}, {self.dtype}, {self.num_updates} updates, {len(self.reads)} reads"
-        return f"{self.name}: {size}; {len(self.blocks)} blocks of updates: {blocks}"
+        numbers = f"{counted(self.num_updates, 'update')}, {counted(len(self.reads), 'read')}"
+        size = f"width {self.width}, {self.dtype}, {numbers}"
+        return f"{self.name}: {size}; {counted(len(self.blocks), 'block')} of updates: {blocks}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,10 +197,11 @@ class RewriteReport:
 
     def __str__(self) -> str:
         """Say it in a line for each stream, note and proof; `attnres-rewrite inspect` prints the reads as well."""
-        added = f"{self.num_parameters_added:,} parameters added in {len(self.reads)} reads"
+        added = f"{counted(self.num_parameters_added, 'parameter')} added in {counted(len(self.reads), 'read')}"
         notes = [f"note: {note}" for note in (*self.capture.notes, *self.notes)]
         proofs = "no proof was run" if self.verify is None else str(self.verify)
-        lines = [*map(str, self.streams), f"{len(self.left_alone)} other adds left alone", *notes, *proofs.split("\n")]
+        left_alone = f"{counted(len(self.left_alone), 'other add')} left alone"
+        lines = [*map(str, self.streams), left_alone, *notes, *proofs.split("\n")]
         return "\n  ".join([f"{self.model}: {added}", *lines])
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def test_a_file_gives_back_what_was_saved(one, tmp_path):
 
 def test_it_is_printed_in_a_line_for_each_stream():
     head = "Tiny: eval mode, 3 batches, 10 tokens; loss 2.5000, of the original 2.7500"
-    figures = "1 reads of 1.4 to 1.4 effective sources, 2 updates of rms 0.1 to 0.1, gradient norms 1e-12 to 1e-12"
+    figures = "1 read of 1.4 to 1.4 effective sources, 2 updates of rms 0.1 to 0.1, gradient norms 1e-12 to 1e-12"
     assert str(DIAGNOSIS) == f"{head}\n  stream: {figures}"
     failed = replace(DIAGNOSIS, loss=None, baseline_loss=None, streams=(), num_batches=1)
     assert str(failed) == "Tiny: eval mode, 1 batch, 0 tokens; no finite loss"

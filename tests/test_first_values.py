@@ -185,6 +185,22 @@ def reshapes(model: nn.Module) -> None:
     model.token = nn.Parameter(torch.zeros(3))
 
 
+def test_what_cannot_be_initialized_keeps_its_values():
+    new = initialized()
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    model, _ = on_meta()
+    for wrong, message in (
+        ((None, model, fresh), "got NoneType"),
+        ((new, 3, fresh), "got int"),
+        ((new, model, 3), "got int"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            ar.initialize(*wrong)
+    with pytest.raises(ValueError, match="has no parameter"):
+        ar.initialize(new, Gpt(depth=1), fresh)
+    assert all(torch.equal(value, before[name]) for name, value in new.state_dict().items())
+
+
 def test_without_memory():
     model, new = on_meta()
     with pytest.raises(ValueError, match=r"on the meta device: give it memory first, module.to_empty"):

@@ -33,6 +33,7 @@ from attnres_rewrite.pipeline.planner import (
     ranks_of_stages,
     traffic_of,
 )
+from attnres_rewrite.records import counted
 
 Dropout = Literal["keyed", "torch"]
 
@@ -69,7 +70,7 @@ class StageFacts:
 
     def __str__(self) -> str:
         """Say it in a line."""
-        size = f"{self.num_parameters:,} parameters, {self.flops / 1e9:,.3f} GFLOPs, sends {len(self.sends)}"
+        size = f"{counted(self.num_parameters, 'parameter')}, {self.flops / 1e9:,.3f} GFLOPs, sends {len(self.sends)}"
         return f"stage {self.stage} on rank {self.rank}: {size}: {', '.join(self.modules)}"
 
 
@@ -130,8 +131,11 @@ class PipelinePlan:
 
     def __str__(self) -> str:
         """Say it in a line for each stage, and the traffic; `attnres-rewrite partition` prints tables."""
-        shape = f"{self.num_ranks} ranks with {self.num_virtual} stages each, placed as a {self.placement}"
-        traffic = (f"{of.total_units} tensors a microbatch with mode={mode!r}" for mode, of in self.traffic.items())
+        each = counted(self.num_virtual, "stage") + (" each" if self.num_ranks > 1 else "")
+        shape = f"{counted(self.num_ranks, 'rank')} with {each}, placed as a {self.placement}"
+        traffic = (
+            f"{counted(of.total_units, 'tensor')} a microbatch with mode={mode!r}" for mode, of in self.traffic.items()
+        )
         lines = [f"slowest stage {self.balance:.2f} of the mean", *map(str, self.facts), *traffic]
         return "\n  ".join([f"{shape}; mode={self.mode!r}", *lines])
 

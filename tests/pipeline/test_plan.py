@@ -52,7 +52,7 @@ def test_the_stages_compute_the_model(new, cuts):
 # Once wrong: a saved rewrite keeps no sizes
 def test_a_plan_is_printed_in_a_line_for_each_stage(new):
     head, balance, *lines = str(ar.partition(new, 2, cuts="blocks")).split("\n")
-    assert head == "2 ranks with 1 stages each, placed as a loop; mode='exact'"
+    assert head == "2 ranks with 1 stage each, placed as a loop; mode='exact'"
     assert balance.startswith("  slowest stage ")
     stages, traffic = lines[:2], lines[2:]
     assert [line.partition(":")[0] for line in stages] == ["  stage 0 on rank 0", "  stage 1 on rank 1"]
