@@ -1,7 +1,8 @@
 """Run a model that is not ours, and leave it as it was: its modes, its buffers, tensors that are plain attributes."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +25,21 @@ def in_mode(model: nn.Module, training: bool) -> Generator[None]:
 
 @contextmanager
 def plain_tensors_kept(model: nn.Module) -> Generator[None]:
-    """Put back what a forward does to tensors that are plain attributes: a count moves on, a fake tensor stays."""
+    """Put back what a forward does to tensors that are plain attributes, or in dicts and lists that are.
+
+    A count moves on, a fake tensor stays, a table that was made without gradients is kept for the next call.
+    """
     before = {module: dict(vars(module)) for module in model.modules()}
     kept = [value for found in before.values() for value in found.values() if isinstance(value, torch.Tensor)]
     values = [value for value in kept if not value.is_meta]
     copies = [value.detach().clone() for value in values]
+    containers = [(value, value.copy()) for found in before.values() for value in _containers(found)]
     try:
         yield
     finally:
+        for container, items in containers:
+            container.clear()
+            container.update(items) if isinstance(container, dict) else container.extend(items)
         for module, found in before.items():
             for name, value in list(vars(module).items()):
                 if isinstance(value, torch.Tensor) and found.get(name) is not value:
@@ -41,6 +49,21 @@ def plain_tensors_kept(model: nn.Module) -> Generator[None]:
             for value, copied in zip(values, copies, strict=True):
                 if not torch.equal(value, copied):
                     value.copy_(copied)
+
+
+def _containers(attributes: dict[str, Any]) -> Iterator[dict[Any, Any] | list[Any]]:
+    """Yield the dicts and lists among a module's attributes, and those in them, but for torch's own."""
+    todo = [value for name, value in attributes.items() if name not in _OF_TORCH]
+    seen: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if type(value) in (dict, list) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            todo += value.values() if isinstance(value, dict) else value
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from attnres_rewrite.config import dtype_name
 from attnres_rewrite.errors import CaptureError, ProofError, explain
 from attnres_rewrite.inputs import flat_inputs
 from attnres_rewrite.lifted import LiftedInterpreter, LiftedState, override, seeded
-from attnres_rewrite.model_state import buffers_kept
+from attnres_rewrite.model_state import buffers_kept, plain_tensors_kept
 from attnres_rewrite.module import ExampleInputs, Program, RewrittenModule
 from attnres_rewrite.report import Proof, VerifyReport
 from attnres_rewrite.witness import DepthInterpreter, random_reads, zero_gates, zero_queries
@@ -293,7 +293,7 @@ def prove_capture(model: nn.Module, new: RewrittenModule, inputs: ExampleInputs,
     args, kwargs = pytree.tree_map(_cloned, (inputs.args, inputs.kwargs))
     own, captured = ([dict(owner.named_parameters())[name] for name in trained] for owner in (model, new))
     # a batch norm needs its statistics for the backward, so they are put back after it
-    with seeded(tensors, 0), buffers_kept(model):
+    with seeded(tensors, 0), buffers_kept(model), plain_tensors_kept(model):
         outputs, loss = _outputs_and_loss(lambda: pytree.tree_leaves(model(*args, **kwargs)))
         try:
             reference, notes = (outputs, _gradients(loss, own)), ()

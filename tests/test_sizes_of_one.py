@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import attnres_rewrite as ar
 from attnres_rewrite.errors import CaptureError
-from tests.networks import VOCAB, Gpt
+from tests.networks import VOCAB, WIDTH, Gpt
 
 
 class Choosing(Gpt):
@@ -97,3 +97,29 @@ def test_one_tensor_given_twice_is_made_small_for_each_input() -> None:
     both = ids(2, 6)
     new = ar.rewrite(Two(depth=1).eval(), (both, both))
     assert "of size 1 in dimension 0 is refused" in "".join(new.report.capture.notes)
+
+
+class Cached(Gpt):
+    """Keeps a table that it made of a parameter in a dict while it is in eval mode, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.table = torch.nn.Parameter(torch.randn(WIDTH))
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, ids):
+        if self.training:
+            return super().forward(ids) * self.table.sum()
+        if "table" not in self.cache:
+            self.cache["table"] = self.table.sum()
+        return super().forward(ids) * self.cache["table"]
+
+
+# Once wrong: the table was made without gradients, and kept; the model's own gradients were lost
+def test_what_a_model_keeps_in_a_dict_is_left_as_it_was():
+    model = Cached().eval()
+    new = ar.rewrite(model, (torch.zeros(2, 5, dtype=torch.long),))
+    assert not model.cache
+    assert new.report.verify.passed
+    model(torch.zeros(2, 5, dtype=torch.long)).sum().backward()
+    assert model.table.grad is not None
