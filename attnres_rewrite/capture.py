@@ -29,7 +29,7 @@ from attnres_rewrite.fxgraph import argument, op_name, symbolic_shape_of, tensor
 from attnres_rewrite.host_random import host_draws_refused
 from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.model_caches import register_caches
-from attnres_rewrite.model_state import in_mode, plain_tensors_kept
+from attnres_rewrite.model_state import drop_kept_tables, in_mode, plain_tensors_kept
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
 from attnres_rewrite.records import Captured, FixedDim
 from attnres_rewrite.trace_conditions import conditions_from, guards_of_module, input_paths
@@ -97,6 +97,7 @@ def _from_module(
     if isinstance(model, fx.GraphModule):
         model = without_number_inputs(model, args)
     register_caches(model)
+    drop_kept_tables(model)
     _refuse_other_device(model, (args, kwargs))
     args, kwargs = _told_apart((args, kwargs))
     programs: dict[bool, fx.GraphModule] = {}

@@ -23,6 +23,22 @@ def in_mode(model: nn.Module, training: bool) -> Generator[None]:
             module.training = flag
 
 
+def drop_kept_tables(model: nn.Module) -> None:
+    """Put every module with a train() of its own into train mode and back: it drops what it kept of an evaluation.
+
+    LeViT keeps a table in eval mode that it makes of a parameter. One made under no_grad() has no gradients, and a
+    graph captured with it would hold a constant in the parameter's place.
+    """
+    for module in model.modules():
+        # a module that torch.export made has one in its instance, which raises
+        if type(module).train is not nn.Module.train and "train" not in vars(module):
+            flags = {inner: inner.training for inner in module.modules()}
+            for mode in (True, module.training):
+                module.train(mode)
+            for inner, flag in flags.items():
+                inner.training = flag
+
+
 @contextmanager
 def plain_tensors_kept(model: nn.Module) -> Generator[None]:
     """Put back what a forward does to tensors that are plain attributes, or in dicts and lists that are.

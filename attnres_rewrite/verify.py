@@ -339,7 +339,8 @@ def _lost_gradients(
             f"the captured graph does not give the model's gradients ({proof.gradient_error:.1e}, relative)",
             f"{wrong[-1]} and {len(wrong) - 1} more parameters" if wrong else None,
             "torch.export keeps the forward only: the backward of a torch.autograd.Function, and hooks on gradients "
-            "(Tensor.register_hook, Module.register_full_backward_hook) are no part of its graph.",
+            "(Tensor.register_hook, Module.register_full_backward_hook) are no part of its graph. A tensor that the "
+            "model made of a parameter in an earlier call and kept has lost its gradients, too.",
             "Write them as tensor operations, or the function as a torch.library.custom_op with register_autograd.",
         )
     )

@@ -114,6 +114,11 @@ class Cached(Gpt):
             self.cache["table"] = self.table.sum()
         return super().forward(ids) * self.cache["table"]
 
+    def train(self, mode: bool = True) -> "Cached":
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
 
 # Once wrong: the table was made without gradients, and kept; the model's own gradients were lost
 def test_what_a_model_keeps_in_a_dict_is_left_as_it_was():
@@ -123,3 +128,18 @@ def test_what_a_model_keeps_in_a_dict_is_left_as_it_was():
     assert new.report.verify.passed
     model(torch.zeros(2, 5, dtype=torch.long)).sum().backward()
     assert model.table.grad is not None
+
+
+# Once wrong: a table kept from an evaluation became a constant of the graph, in the place of the parameter
+def test_a_table_kept_from_an_evaluation_is_made_again():
+    model = Cached().eval()
+    model.layers[0].train()
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    with torch.no_grad():
+        model(ids)
+    new = ar.rewrite(model, (ids,))
+    assert new.report.verify.passed
+    assert model.layers[0].training
+    assert not model.layers[1].training
+    new(ids).sum().backward()
+    assert new.get_parameter("table").grad is not None
