@@ -247,7 +247,7 @@ def _refuse_missing_devices(path: Path, facts: Mapping[str, Any]) -> None:
                     f"the saved rewrite is on {device}, which this machine has not",
                     str(path),
                     "",
-                    'Say where it shall be: attnres_rewrite.load(folder, device="cpu").',
+                    'Say where it shall be: attnres_rewrite.load(folder, device="cpu"), or --device cpu.',
                 )
             ) from why
 

@@ -31,6 +31,7 @@ from attnres_rewrite.inputs import InputDims, check_inputs
 from attnres_rewrite.model_caches import register_caches
 from attnres_rewrite.model_state import drop_kept_tables, in_mode, plain_tensors_kept
 from attnres_rewrite.module import adopt_tree, copy_tree, merge_trees, same_program
+from attnres_rewrite.moving import read_device_names
 from attnres_rewrite.records import Captured, FixedDim
 from attnres_rewrite.trace_conditions import conditions_from, guards_of_module, input_paths
 
@@ -267,6 +268,7 @@ def _normalised(program: ExportedProgram) -> fx.GraphModule:
     with quiet():
         gm = program.module()
     assert isinstance(gm, fx.GraphModule)
+    read_device_names(gm)
     _drop_torch_guards(gm)
     _add_input_check(gm, program._guards_code)
     return gm

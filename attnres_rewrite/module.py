@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from attnres_rewrite.config import AttnResConfig
 from attnres_rewrite.copying import copy_graph, map_plan
 from attnres_rewrite.inductor_fix import mend_inductor
-from attnres_rewrite.moving import move_attributes, move_graph
+from attnres_rewrite.moving import move_attributes, move_graph, ties_kept
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
 
@@ -94,15 +94,8 @@ class ModalModule(fx.GraphModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Do what `to`, `cuda`, `cpu` and `to_empty` do, for the graphs as well; what was tied stays tied."""
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for module in self.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    places.setdefault(id(parameter), []).append((module._parameters, name))
-        super()._apply(fn, recurse)
-        for (first, its_name), *others in places.values():  # between some devices torch makes a new one in each place
-            for table, name in others:
-                table[name] = first[its_name]
+        with ties_kept(self):
+            super()._apply(fn, recurse)
         device = self._device_of_parameters()
         if device is not None and device != self._device:
             self._move_graphs(device)

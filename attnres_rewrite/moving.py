@@ -5,17 +5,20 @@
 Parameters and buffers are moved by torch; this moves the rest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate
 
 from attnres_rewrite.copying import copy_graph
 from attnres_rewrite.errors import CaptureError, explain
 
+_TO_DEVICE = torch.ops.aten.to.device
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
@@ -74,3 +77,39 @@ def move_attributes(root: nn.Module, graphs: Iterable[fx.Graph], device: torch.d
             if moved.is_meta and not value.is_meta:
                 moved._attnres_numbers = value  # for the way back: no state dict has a constant
             setattr(owner, name, moved)
+
+
+@contextmanager
+def ties_kept(module: nn.Module) -> Generator[None]:
+    """Have tied parameters tied after a move: between some devices torch makes a new one in each place."""
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((owner._parameters, name))
+    yield
+    for (first, its_name), *others in places.values():
+        for table, name in others:
+            table[name] = first[its_name]
+
+
+def exported_on(program: ExportedProgram, device: torch.device) -> fx.GraphModule:
+    """Return the module of an exported program, with its parameters, moved; torch's own pass unties what is tied."""
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    with ties_kept(gm):
+        gm.to(device)
+    move_graph(gm.graph, device)
+    move_attributes(gm, [gm.graph], device)
+    gm.recompile()
+    return gm
+
+
+def read_device_names(gm: fx.GraphModule) -> None:
+    """Replace the names of devices by devices, in place: torch's move_to_device_pass writes names."""
+    for graph in [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]:
+        for node in graph.nodes:
+            if isinstance(name := node.kwargs.get("device"), str):
+                node.kwargs = node.kwargs | {"device": torch.device(name)}
+            if node.target is _TO_DEVICE and isinstance(node.args[1], str):
+                node.update_arg(1, torch.device(node.args[1]))

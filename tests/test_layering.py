@@ -89,6 +89,7 @@ EXCEPTIONS = {
         "carried_config",
         "diagnosis",
         "plots",
+        "moving",
     },
 }
 ONLY_IN = {

@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 import attnres_rewrite as ar
 from attnres_rewrite.moving import move_graph
@@ -171,3 +172,10 @@ def test_autocast_inside_is_that_of_the_device():
         node.meta.pop("val", None)  # torch records none of a device that is not there
     move_graph(graph, torch.device("cuda"))
     assert call.args[0] == "cuda"
+
+
+# Once wrong: torch's pass writes the names of devices, and the check of what is captured wanted a device
+def test_a_program_that_torch_moved_can_be_rewritten():
+    program = move_to_device_pass(torch.export.export(Masked().eval(), (ids(),)), "meta")
+    new = ar.rewrite(program, *program.example_inputs, verify=False)
+    assert runs_on(new, "meta")

@@ -15,6 +15,7 @@ import typer
 
 import attnres_rewrite as ar
 from attnres_rewrite.cli import load, options, render
+from attnres_rewrite.cli.device import moved
 from attnres_rewrite.cli.exit_codes import exit_code_of
 from attnres_rewrite.cli.rewriting import rewritten
 from attnres_rewrite.cli.targets import refuse_unwritable_folder
@@ -69,6 +70,7 @@ def diagnose(
     baseline: BaselinePath = None,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     no_plots: NoPlots = False,
     path: Folder = None,
     force: ForceFolder = False,
@@ -88,7 +90,7 @@ def diagnose(
         plots.require_matplotlib()
     with render.working("load the data"):
         given = None if data is None else _load_data(data)
-    found = options.load_model(model, config, False, batch, seq)
+    found = options.load_model(model, config, False, batch, seq, device)
     with render.working("load the baseline"):
         twin = None if baseline is None else _load_twin(baseline)
     with render.working("capture") as stage:
@@ -100,10 +102,11 @@ def diagnose(
     else:
         new.eval()
     given = given or _example_data(new)
+    place = next(new.parameters()).device
     with render.counting("batches") as count, _blaming_batch(data or model):
         diagnosis = ar.diagnose(
             new,
-            _Blamed(given.batches, data or model),
+            _Blamed(given.batches, data or model, place),
             loss_fn=given.loss_fn,
             baseline=twin,
             max_batches=batches,
@@ -213,10 +216,11 @@ def _example_data(new: "ar.RewrittenModule") -> _Data:
 
 @dataclass(frozen=True, slots=True)
 class _Blamed:
-    """The batches of a user's code: what it raises is a refusal that names it."""
+    """The batches of a user's code, moved to the model: what that code raises is a refusal that names it."""
 
     batches: Iterable[Any]
     spec: str
+    device: Any  # a torch.device
 
     def __len__(self) -> int:
         """Return the number of batches; raise TypeError where there is none, as len() does."""
@@ -227,7 +231,7 @@ class _Blamed:
         while True:
             with load._blaming(f"the batches of {self.spec} raised"):
                 try:
-                    held = [next(iterator)]
+                    held = [moved(next(iterator), self.device)]
                 except StopIteration:
                     return
             yield held.pop()  # nothing here holds a batch while it is used

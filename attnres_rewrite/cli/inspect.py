@@ -24,6 +24,7 @@ def inspect(
     meta: options.Meta = False,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     all_adds: AllAdds = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -31,7 +32,7 @@ def inspect(
 
     Exit status: 0 found, 1 refused with a reason, 2 wrong arguments.
     """
-    found = options.load_model(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq, device)
     with render.working("capture") as stage:
         report = reported(found, config, stage)
     if as_json:

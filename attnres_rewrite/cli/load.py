@@ -46,7 +46,9 @@ class Loaded:
     kind: Kind = "original"
 
 
-def load(spec: str, *, meta: bool = False, batch: int | None = None, seq: int | None = None) -> Loaded:
+def load(
+    spec: str, *, meta: bool = False, batch: int | None = None, seq: int | None = None, device: Any = None
+) -> Loaded:
     """Load what `spec` names.
 
     Args:
@@ -54,6 +56,7 @@ def load(spec: str, *, meta: bool = False, batch: int | None = None, seq: int | 
         meta: Build a Hugging Face model on the meta device, without its weights.
         batch: Of the example inputs made for a Hugging Face model.
         seq: Sequence length of those inputs, in tokens.
+        device: Where a saved rewrite is loaded to, a torch.device; None is where it was. Others come as they are.
 
     Raises:
         ModelSpecError: `spec` is well formed, and what it names gives no model.
@@ -67,7 +70,9 @@ def load(spec: str, *, meta: bool = False, batch: int | None = None, seq: int | 
     sized = batch is not None or seq is not None
     if is_artifact(spec):
         _refuse_sizes(sized, spec)
-        return _load_artifact(path)
+        import attnres_rewrite as ar
+
+        return Loaded(ar.load(path, device), kind="rewrite")
     if path.suffix == ".pt2":
         _refuse_sizes(sized, spec)
         return _load_exported(path)
@@ -119,12 +124,6 @@ def _load_folder(path: Path, meta: bool, batch: int | None, seq: int | None) -> 
         notes = (*notes, f"{path} was trained with Attention Residuals: what follows is of its own reads")
         return Loaded(model, (), inputs, notes, "trained")
     return Loaded(model, (), inputs, notes)
-
-
-def _load_artifact(path: Path) -> Loaded:
-    import attnres_rewrite as ar
-
-    return Loaded(ar.load(path), kind="rewrite")
 
 
 def _load_exported(path: Path) -> Loaded:

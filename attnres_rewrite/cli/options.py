@@ -12,6 +12,7 @@ import typer
 
 import attnres_rewrite as ar
 from attnres_rewrite.cli import load, render
+from attnres_rewrite.cli.device import device_from, on_device
 
 MODEL_HELP = (
     "FILE.py[:factory], package.module:factory, a Hugging Face folder (one that was trained with reads keeps them), "
@@ -57,6 +58,10 @@ Batch = Annotated[
 Seq = Annotated[
     int | None,
     typer.Option(min=1, help=f"Sequence length of those inputs. Default {load.SEQ}."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|cuda[:N]", help="Move the model there first, and its inputs. Default: where it is."),
 ]
 AsJson = Annotated[
     bool,
@@ -137,17 +142,22 @@ def _count_or_full(blocks: str | None) -> int | str | None:
         raise ValueError(f"--blocks {blocks} must be a count or full") from None
 
 
-def load_model(model: str, config: "ar.AttnResConfig", meta: bool, batch: int | None, seq: int | None) -> load.Loaded:
-    """Load the model that MODEL names, and print the loader's notes.
+def load_model(
+    model: str, config: "ar.AttnResConfig", meta: bool, batch: int | None, seq: int | None, device: str | None
+) -> load.Loaded:
+    """Load the model that MODEL names, move it if so asked, and print the loader's notes.
 
     Raises:
-        ValueError: It is a saved rewrite, and the options plan another one.
+        ValueError: It is a saved rewrite, and the options plan another one; or there is no such device.
     """
+    where = device_from(device, meta)
     is_planned = config != ar.AttnResConfig()
     if is_planned and load.is_artifact(model):
         raise ValueError(f"{model} is a rewrite already: the options that plan one do not apply to it")
     with render.working("load the model"):
-        found = load.load(model, meta=meta, batch=batch, seq=seq)
+        found = load.load(model, meta=meta, batch=batch, seq=seq, device=where)
+        if where is not None:
+            found = on_device(found, where)
     if is_planned and found.kind in ("rewrite", "attached"):
         raise ValueError(f"{model} gives a model with reads: the options that plan some do not apply to it")
     for text in found.notes:

@@ -55,6 +55,7 @@ def partition(
     meta: options.Meta = False,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     as_json: options.AsJson = False,
     target: Target = None,
     plot: Plot = None,
@@ -76,7 +77,7 @@ def partition(
         raise ValueError("--microbatches is of the picture: give --plot as well")
     if plot is not None:
         _check_plot(plot, force)
-    found = options.load_model(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq, device)
     with render.working("capture") as stage:
         new = rewritten(found, config, stage, verify=False, dynamic_shapes={})
         stage("cut and plan")

@@ -32,6 +32,7 @@ def report(
     meta: options.Meta = False,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     no_verify: options.NoVerify = False,
     diagnosis: DiagnosisPath = None,
     path: PagePath = None,
@@ -50,7 +51,7 @@ def report(
         raise ValueError(f"-o {target} must end in {' or '.join(SUFFIXES)}: the page is HTML, which a browser prints")
     refuse_unwritable_file("-o", target, force)
     learnt = None if diagnosis is None else _load_diagnosis(diagnosis)
-    found = options.load_model(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq, device)
     with render.working("capture") as stage:
         # a program of meta tensors never runs, so fixed shapes will do, in half the time
         shapes = {} if any(parameter.is_meta for parameter in found.model.parameters()) else None

@@ -29,6 +29,7 @@ def rewrite(
     meta: options.Meta = False,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     no_verify: options.NoVerify = False,
     path: OutputPath = None,
     force: options.Force = False,
@@ -42,7 +43,7 @@ def rewrite(
     target = path or Path(f"{load.name_of(model)}.attnres")
     refuse_existing(target, force)
     _refuse_artifact(model)
-    found = options.load_model(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq, device)
     with render.working("capture") as stage:
         new = rewritten(found, config, stage, verify=not no_verify)
         stage("save")

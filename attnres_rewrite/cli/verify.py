@@ -21,6 +21,7 @@ def verify(
     meta: options.Meta = False,
     batch: options.Batch = None,
     seq: options.Seq = None,
+    device: options.Device = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Prove a saved rewrite again, or rewrite MODEL in memory and prove that. Saves nothing.
@@ -28,7 +29,7 @@ def verify(
     Exit status: 0 proven, 1 refused with a reason or not proven, 2 wrong arguments.
     """
     options.refuse_meta(meta, "verify")
-    found = options.load_model(model, config, meta, batch, seq)
+    found = options.load_model(model, config, meta, batch, seq, device)
     with render.working("capture") as stage:
         new = rewritten(found, config, stage, verify=True)
         figures = ar.verify(new, progress=stage) if found.kind == "rewrite" else new.report.verify

@@ -138,7 +138,7 @@ class Fake:
         self.asked.update(folder=folder, force=force)
         return folder
 
-    def load(self, folder):
+    def load(self, folder, device=None):
         self.asked.update(loaded=folder)
         return self
 
