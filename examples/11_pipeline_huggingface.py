@@ -35,7 +35,6 @@ def train() -> None:
     plan = ar.partition(new, num_ranks=2, num_virtual=2, cuts="blocks")
     pipeline = ar.build_pipeline(plan, n_microbatches=MICROBATCHES, device=device, loss_fn=loss_of)
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=3e-3)
-
     ids = torch.randint(0, VOCAB, (MICROBATCHES * BATCH, LENGTH)).to(device)
     history: list[float] = []
     for _ in range(STEPS):
@@ -43,6 +42,7 @@ def train() -> None:
         optimizer.zero_grad()
         pipeline.step(*((ids,) if dist.get_rank() == 0 else ()), target=ids, losses=losses)
         pipeline.reduce_tied_gradients()
+        pipeline.clip_grad_norm_(1.0)
         optimizer.step()
         history.append(sum(loss.item() for loss in losses) / MICROBATCHES)
     if pipeline.stages[-1].is_last:

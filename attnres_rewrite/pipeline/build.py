@@ -14,7 +14,8 @@ from attnres_rewrite.first_values import give_memory
 from attnres_rewrite.fxgraph import can_learn, shape_of, tensor_of
 from attnres_rewrite.moving import move_attributes, move_graph
 from attnres_rewrite.passes.partition import StageGraph
-from attnres_rewrite.pipeline.pipeline import Pipeline, TiedParameter, model_name
+from attnres_rewrite.pipeline.gradients import TiedParameter
+from attnres_rewrite.pipeline.pipeline import Pipeline, model_name
 from attnres_rewrite.pipeline.plan import PipelinePlan
 from attnres_rewrite.pipeline.planner import plan_routes
 from attnres_rewrite.pipeline.schedules import SPLITS_SINCE, ScheduleFacts, facts_of, placement_for, runs_here
@@ -258,7 +259,7 @@ def _tied(
             if model_name(own) == name and parameter.requires_grad
         )
         if copies:
-            found.append(TiedParameter(name, copies, groups[ranks]))
+            found.append(TiedParameter(name, copies, len(used), groups[ranks]))
     return tuple(found)
 
 

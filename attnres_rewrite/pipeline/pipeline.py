@@ -5,22 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from attnres_rewrite.first_values import Init, fill, lacks_values, placed_as
 from attnres_rewrite.pipeline.failures import ending_together
+from attnres_rewrite.pipeline.gradients import TiedParameter, add_up, check_unreduced, clip
 from attnres_rewrite.pipeline.stage import BlockCacheStage, RankStore, by_position
-
-
-@dataclass(frozen=True, slots=True)
-class TiedParameter:
-    """A parameter of several stages: the copies on this rank, and the processes that have others."""
-
-    name: str
-    copies: tuple[nn.Parameter, ...]
-    group: Any  # a ProcessGroup, or None where all copies are on this rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +54,7 @@ class Pipeline:
         """
         if self.has_loss:
             with ending_together():
-                self._check_unreduced("step() comes after reduce_tied_gradients()")
+                check_unreduced(self.tied, "step() comes after reduce_tied_gradients()")
         return self._run(self._step_of_schedule, args, target, losses, kwargs)
 
     def _step_of_schedule(self, *args: Any, **options: Any) -> Any:
@@ -260,31 +250,34 @@ class Pipeline:
         Raises:
             RuntimeError: They are added up already.
         """
-        self._check_unreduced("reduce_tied_gradients() is called a second time")
-        for tied in self.tied:
-            for parameter in tied.copies:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients = [_local(parameter.grad) for parameter in tied.copies]
-            total = torch.stack(gradients).sum(0)
-            if tied.group is not None:
-                with ending_together():
-                    dist.all_reduce(total, group=tied.group)
-            for parameter, gradient in zip(tied.copies, gradients, strict=True):
-                gradient.copy_(total)
-                whole: Any = parameter.grad
-                # what is written into it later, such as zeros, makes another version of it
-                whole._attnres_reduced = whole._version
+        check_unreduced(self.tied, "reduce_tied_gradients() is called a second time")
+        with ending_together():
+            add_up(self.tied)
 
-    def _check_unreduced(self, what: str) -> None:
-        """Refuse gradients that are sums over all copies: adding them up once more would count each several times."""
-        for tied in self.tied:
-            for parameter in tied.copies:
-                gradient = parameter.grad
-                if gradient is not None and getattr(gradient, "_attnres_reduced", None) == gradient._version:
-                    raise RuntimeError(
-                        f"{what}, and {tied.name} still has the sum of the first: call it once, after the last step "
-                        "whose gradients the optimizer takes, and optimizer.zero_grad() before the next step"
-                    )
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Clip as `torch.nn.utils.clip_grad_norm_` clips the whole model: by the norm of the gradients of all ranks.
+
+        Every rank calls it, between `reduce_tied_gradients()` and the optimizer. A tied parameter counts once. Stages
+        may be in fully_shard or DistributedDataParallel.
+
+        Args:
+            max_norm: What the norm is at most afterwards.
+            norm_type: The p of the norm, `inf` for the largest gradient.
+            error_if_nonfinite: Raise, and clip nothing, where the norm is NaN or infinite.
+
+        Returns:
+            The norm before, on every rank the same, float32 or float64.
+
+        Raises:
+            RuntimeError: The norm is not finite, if that is an error; or gradients of a tied parameter are not added
+                up yet.
+            ValueError: `norm_type` is not positive.
+        """
+        stage = self.stages[0]
+        with ending_together():
+            return clip(
+                self.parameters(), self.tied, max_norm, norm_type, error_if_nonfinite, stage.group, stage.device
+            )
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
@@ -311,11 +304,6 @@ def _refuse_another_shape(name: str, own: Any, saved: Any) -> None:
     """Refuse what copy_ would broadcast without a word."""
     if isinstance(own, Tensor) and own.shape != saved.shape:
         raise ValueError(f"{name} is {list(saved.shape)} in the state dict, and {list(own.shape)} here")
-
-
-def _local(gradient: Any) -> Tensor:
-    """Return this process's shard of a gradient that fully_shard distributes: tied copies are sharded alike."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def model_name(name: str) -> str:

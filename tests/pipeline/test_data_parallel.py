@@ -65,7 +65,9 @@ def difference(pipeline: ar.Pipeline, ids, targets) -> float:
             found = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             wanted = reference.get_parameter(name.partition("graph.")[2]).grad
             worst = max(worst, (found - 2 * wanted).abs().max().item())
-    return worst
+    norm = 2 * torch.nn.utils.get_total_norm(parameter.grad for parameter in reference.parameters())
+    worst = max(worst, (pipeline.clip_grad_norm_(0.1) - norm).abs().item())
+    return max(worst, (pipeline.clip_grad_norm_(1e9) - 0.1).abs().item() - 1e-6)
 
 
 def compare_all(cases: list[tuple[str, str]]) -> None:

@@ -2,10 +2,8 @@
 
 import copy
 import gc
-import re
-import textwrap
+import math
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -278,26 +276,52 @@ def test_gradients_of_tied_copies_are_added_up_once():
         optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def test_clipping_by_the_norm_of_all_stages():
-    """The recipe of docs/pipeline.md gives the norm of the model, where a tied parameter counts once."""
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
+def test_clipping_is_that_of_the_whole_model(norm_type):
     new = rewritten(Gpt(depth=2))
     reference = copy.deepcopy(new)
     for ids, wanted in zip(batch.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
         (loss_of(reference(ids), wanted) / MICROBATCHES).backward()
-    plan = ar.partition(new, 1, 2)
-    device = "cpu"
-    pipeline = ar.build_pipeline(plan, "LoopedBFS", n_microbatches=MICROBATCHES, device=device, loss_fn=loss_of)
+    pipeline = built(new)
     pipeline.step(batch, target=target)
     pipeline.reduce_tied_gradients()
-    page = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
-    (recipe,) = re.findall(r"  ```python\n(  squares.*?)  ```", page, re.DOTALL)
-    names = {"torch": torch, "plan": plan, "pipeline": pipeline, "device": device}
-    exec(textwrap.dedent(recipe), names)
-    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    assert norm > 1.0
-    torch.testing.assert_close(names["squares"].sqrt(), norm.to(names["squares"].dtype))
+    assert pipeline.tied[0].num_copies == 2
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1, norm_type)
+    assert norm > 0.1
+    torch.testing.assert_close(pipeline.clip_grad_norm_(0.1, norm_type), norm)
     for name, parameter in pipeline.named_parameters():
-        torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(parameter.grad, reference.get_parameter(name).grad, rtol=1e-9, atol=1e-14)
+    with pytest.raises(RuntimeError, match=r"head.weight still has the sum"):
+        pipeline.step(batch, target=target)
+
+
+def test_what_cannot_be_clipped_is_refused_and_left_alone():
+    pipeline = built(rewritten(Gpt(depth=2)))
+    assert pipeline.clip_grad_norm_(1.0) == 0.0  # no gradients yet
+    pipeline.step(batch, target=target)
+    with pytest.raises(RuntimeError, match=r"comes after reduce_tied_gradients\(\), and head.weight is not added up"):
+        pipeline.clip_grad_norm_(1.0)
+    pipeline.reduce_tied_gradients()
+    with pytest.raises(ValueError, match=r"norm_type is 0.0"):
+        pipeline.clip_grad_norm_(1.0, 0.0)
+    first, last = pipeline.parameters()[0], pipeline.parameters()[-1]
+    last.grad.fill_(math.inf)
+    before = first.grad.clone()
+    with pytest.raises(RuntimeError, match=r"the norm of the gradients of all ranks is inf: nothing was clipped"):
+        pipeline.clip_grad_norm_(1.0, error_if_nonfinite=True)
+    assert torch.equal(first.grad, before)
+
+
+def test_gradients_of_half_precision_are_clipped():
+    pipeline = built(rewritten(Gpt(depth=2)))
+    for parameter in pipeline.parameters():
+        parameter.data = parameter.data.bfloat16()
+        parameter.grad = torch.full_like(parameter, 4.0)
+    pipeline.reduce_tied_gradients()
+    norm = pipeline.clip_grad_norm_(1.0)
+    assert norm.dtype == torch.float32
+    assert norm > 1.0
+    torch.testing.assert_close(pipeline.clip_grad_norm_(1.0), torch.tensor(1.0), rtol=0.01, atol=0)
 
 
 class Targeted(Gpt):
