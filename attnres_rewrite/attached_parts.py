@@ -19,18 +19,30 @@ from attnres_rewrite.errors import NotCompiledError, explain
 from attnres_rewrite.kernels.routes import is_exporting
 from attnres_rewrite.mark import Attachment
 
-# how many `original` run of each model, by its id, in all threads
+# how many `original` run of each model, and of each of its parts, by its id, in all threads
 _originals: Counter[int] = Counter()
 _originals_lock = threading.Lock()
 
 
-def count_original(part: Any, change: int) -> None:
-    """Enter (1) or leave (-1) `original` of an attached module; the last of several threads switches it back."""
+def count_original(module: Any, change: int) -> None:
+    """Enter (1) or leave (-1) `original` of a model or a part; the last of several threads switches it back."""
     with _originals_lock:
-        _originals[id(part)] += change
-        part._attnres_original = _originals[id(part)] > 0
-        if not part._attnres_original:
-            del _originals[id(part)]
+        _originals[id(module)] += change
+        module._attnres_original = _originals[id(module)] > 0
+        if not module._attnres_original:
+            del _originals[id(module)]
+
+
+def guarded_parts(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of an attached model that raise where they are called by themselves."""
+    return [part for part in model.modules() if _is_guarded(part)]
+
+
+def leave_original(model: Any) -> None:
+    """Switch a copy that was made inside `original` to what it is outside, but for parts that are no copies."""
+    for part in model.modules():
+        if "_attnres_original" in vars(part) and id(part) not in _originals:
+            part._attnres_original = False
 
 
 def runs_original() -> bool:
@@ -41,8 +53,13 @@ def runs_original() -> bool:
 def guard_parts(model: nn.Module, attachment: Attachment) -> None:
     """Have every part of `model` that holds a read raise where it is called by itself."""
     for part in _parts_with_reads(model, attachment):
-        if _refuse_alone not in part._forward_pre_hooks.values():
+        if not _is_guarded(part):
             part.register_forward_pre_hook(_refuse_alone)
+        part._attnres_original = False  # type: ignore[assignment]
+
+
+def _is_guarded(part: nn.Module) -> bool:
+    return _refuse_alone in part._forward_pre_hooks.values()
 
 
 def release_parts(model: nn.Module) -> None:
@@ -51,6 +68,7 @@ def release_parts(model: nn.Module) -> None:
         hooks = part._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if hook is _refuse_alone]:
             del hooks[key]
+            part.__dict__.pop("_attnres_original", None)
 
 
 def _parts_with_reads(model: nn.Module, attachment: Attachment) -> Iterator[nn.Module]:
@@ -62,11 +80,17 @@ def _parts_with_reads(model: nn.Module, attachment: Attachment) -> Iterator[nn.M
 
 
 def _refuse_alone(part: nn.Module, args: Any) -> None:
-    """Raise, or leave the mark of a part in what Dynamo traces; a forward pre-hook."""
+    """Raise, or leave the mark of a part in what Dynamo traces; a forward pre-hook.
+
+    It reads its own module's flag, for which Dynamo guards: what was compiled inside `original` stays in there.
+    """
+    # a part that an older release pickled has no flag
+    if getattr(part, "_attnres_original", False):
+        return
     if torch.compiler.is_dynamo_compiling():
         if not is_exporting():
             torch.ops.attnres.part()
-    elif not runs_original():
+    else:
         raise _alone()
 
 
@@ -85,8 +109,7 @@ def _alone() -> NotCompiledError:
 
 def _part() -> None:
     """Raise wherever it is run; only ever traced."""
-    if not runs_original():
-        raise _alone()
+    raise _alone()
 
 
 torch.library.define("attnres::part", "() -> ()")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from attnres_rewrite.api import plan_program, report_plans
-from attnres_rewrite.attached_parts import count_original, guard_parts, release_parts
+from attnres_rewrite.attached_parts import count_original, guard_parts, guarded_parts, leave_original, release_parts
 from attnres_rewrite.capture import capture, refuse_rewritten
 from attnres_rewrite.carried_config import config_for, folder_with_queries, forget_config, note_config
 from attnres_rewrite.config import AttnResConfig, check_config
@@ -30,9 +30,10 @@ from attnres_rewrite.inputs import check_inputs_given
 from attnres_rewrite.kernels.routes import is_exporting
 from attnres_rewrite.mark import AttachedRead, AttachedStream, Attachment, mark_inputs
 from attnres_rewrite.passes.insert_reads import add_parameters, refuse_taken_names
-from attnres_rewrite.read_parameters import attnres_parameters, load_attnres_parameters
+from attnres_rewrite.read_parameters import attnres_parameters
 from attnres_rewrite.records import BlockPlan
 from attnres_rewrite.report import RewriteReport
+from attnres_rewrite.saved_reads import load_saved_reads
 
 BATCH, SEQ = 2, 16
 
@@ -46,14 +47,13 @@ class Attached:
     _attnres_base: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the class the model had: the one it has now is made at run time.
+        """Pickle and copy by the class the model had: the one it has now is made at run time."""
+        return _rebuilt, (self._attnres_base,), self.__getstate__()  # type: ignore[attr-defined]
 
-        A copy made inside `original` is not inside of it.
-        """
-        state: Any = self.__getstate__()  # type: ignore[attr-defined]
-        if isinstance(state, dict) and self._attnres_facts is not None:
-            state = {**state, "_attnres_original": False}
-        return _rebuilt, (self._attnres_base,), state
+    def __setstate__(self, state: Any) -> None:
+        """Take what was pickled or copied; a copy made inside `original` is not inside of it."""
+        super().__setstate__(state)  # type: ignore[misc]
+        leave_original(self)
 
 
 def attach(
@@ -71,8 +71,8 @@ def attach(
     Args:
         model: Any module that `rewrite` takes. It is changed.
         config: As for `rewrite`; None takes the one that a transformers config carries from an earlier attach(), else
-            the defaults. Where the folder that a transformers model came from has queries, they are loaded. The model
-            gets a config object of its own, which carries this one.
+            the defaults. Where the folder that a transformers model came from has queries of a checkpoint with its
+            weights, they are loaded. The model gets a config object of its own, which carries this one.
         args: Positional example inputs, on the model's device. A transformers model needs none.
         kwargs: Example inputs given by name.
 
@@ -103,7 +103,7 @@ def attach(
         _become(model, attachment)
         guard_parts(model, attachment)
         if folder is not None:
-            load_attnres_parameters(model, folder)
+            load_saved_reads(model, folder)
     except BaseException:
         _take_off(model, attachment)
         raise
@@ -170,14 +170,15 @@ def original(model: nn.Module) -> Generator[None]:
     Raises:
         NotAttachedError: No part of `model` is attached.
     """
-    parts = list(attached_parts(model))
+    # once: what is entered is left, whatever happens to the model meanwhile
+    modules = [module for each in attached_parts(model) for module in (each, *guarded_parts(each))]
     try:
-        for part in parts:
-            count_original(part, 1)
+        for module in modules:
+            count_original(module, 1)
         yield
     finally:
-        for part in parts:
-            count_original(part, -1)
+        for module in modules:
+            count_original(module, -1)
 
 
 def _check_model(model: nn.Module) -> None:

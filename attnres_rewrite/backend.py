@@ -74,7 +74,7 @@ def attnres(
     chosen = Options.of(mode, options)
     _refuse_split_graphs()
     marks = list(gm.graph.find_nodes(op="call_function", target=_MARK))
-    if marks or runs_original():
+    if marks:
         take_out_parts(gm)
     else:
         refuse_parts(gm)

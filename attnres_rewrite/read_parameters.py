@@ -1,7 +1,7 @@
 """The queries, gains and gates of a model's reads: to hand to an optimizer, to load alone."""
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def attnres_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         NotAttachedError: There are none.
     """
-    return list(_named(model).values())
+    return list(named_reads(model).values())
 
 
 def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> None:
@@ -43,9 +43,9 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
         ArtifactError: The checkpoint lacks one of them, has one that the model lacks, or of another shape.
         NotAttachedError: The model has none.
     """
-    wanted = _named(model)
+    wanted = named_reads(model)
     found = source if isinstance(source, Mapping) else _read(Path(source))
-    found = _by_plain_name(found)
+    found = by_plain_name(found)
     for missing, which in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has")):
         if missing:
             raise ArtifactError(
@@ -64,7 +64,12 @@ def load_attnres_parameters(model: nn.Module, source: str | Path | Mapping[str, 
             parameter.copy_(found[name])
 
 
-def _by_plain_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_plain_name(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the queries, gains and gates in a state dict, by the names that attach() gave them.
+
+    Raises:
+        ArtifactError: One is there twice.
+    """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         plain = _plain_name(name)
@@ -91,7 +96,8 @@ def holds_attnres_parameters(folder: Path) -> bool:
     return any(_plain_name(name) for path in folder.glob("*.safetensors") for name in _names(path))
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_reads(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the queries, gains and gates by the names that attach() gave them."""
     named = ((_plain_name(name), value) for name, value in model.named_parameters() if _is_active(model, name))
     found = {name: parameter for name, parameter in named if name is not None}
     if not found:
@@ -109,42 +115,51 @@ def _is_active(model: nn.Module, name: str) -> bool:
 
 
 # PEFT wraps a module that it saves with an adapter, modules_to_save=["attn_res"]
-# and torch.compile and DistributedDataParallel wrap the model
+# and DistributedDataParallel wraps the model
 _OF_READ = re.compile(
-    r"((_orig_mod|module)\.)*(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?"
+    r"(module\.)*(?P<owner>(.*\.)?attn_res)(\.modules_to_save\.[^.]+)?"
     r"(?P<read>\.\d+\.(query|key_norm|gate))"
 )
+
+# around layers, from torch.compile and checkpoint_wrapper
+_WRAPPER = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def _plain_name(name: str) -> str | None:
     """Return the name that attach() gave a query or gain, or None for any other parameter."""
-    found = _OF_READ.fullmatch(name)
+    found = _OF_READ.fullmatch(_WRAPPER.sub("", name))
     return found["owner"] + found["read"] if found else None
 
 
 def start_value(name: str) -> float | None:
     """Return what every number of a query, a gain or a gate of this name starts as; None for any other parameter."""
-    return START_VALUES[name.rpartition(".")[2]] if _OF_READ.fullmatch(name) else None
+    return START_VALUES[name.rpartition(".")[2]] if _plain_name(name) else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ArtifactError(f"{path} holds no safetensors file")
+    return read_files(files)
+
+
+def read_files(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Return what safetensors files have of queries, gains and gates."""
     found: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as weights:
+        with opened(file) as weights:
             found |= {name: weights.get_tensor(name) for name in weights.keys() if _plain_name(name)}  # noqa: SIM118
     return found
 
 
 def _names(path: Path) -> list[str]:
-    with _opened(path) as weights:
+    with opened(path) as weights:
         return list(weights.keys())
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[Any]:
+def opened(path: Path) -> Generator[Any]:
+    """Open a safetensors file, or raise ArtifactError."""
     try:
         with safe_open(path, framework="pt") as weights:
             yield weights

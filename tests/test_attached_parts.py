@@ -97,6 +97,30 @@ def test_inside_original_parts_run_compiled_or_not(attached):
         compiled(ids)
 
 
+# Once wrong: what was compiled inside was run outside, without its reads and without a word
+@pytest.mark.parametrize("backend", ["aot_eager", "attnres"])
+def test_a_part_compiled_inside_original_raises_outside(attached, backend):
+    compiled = torch.compile(attached.trunk, backend=backend)
+    with ar.original(attached):
+        compiled(ids)
+    with pytest.raises(Exception, match="a part of an attached model"):
+        compiled(ids)
+
+
+# Once wrong: one model inside original() let the parts of all run
+def test_original_holds_for_its_own_model(attached):
+    other = copy.deepcopy(attached)
+    with ar.original(attached):
+        with pytest.raises(ar.NotCompiledError, match="a part"):
+            other.trunk(ids)
+        with pytest.raises(Exception, match="a part of an attached model"):
+            torch.compile(other.trunk, backend="attnres")(ids)
+        twins = (copy.deepcopy(attached), pickle.loads(pickle.dumps(attached)))
+    for twin in twins:
+        with pytest.raises(ar.NotCompiledError, match="a part"):
+            twin.trunk(ids)
+
+
 def test_exports_and_graphs_of_a_part_raise(attached):
     with pytest.raises(ar.NotCompiledError, match="a part"):
         torch.export.export(attached.trunk, (ids,))
@@ -126,7 +150,7 @@ def test_hooks_of_others_stay(attached):
 
 def test_a_refused_attach_leaves_no_hooks(monkeypatch):
     model = Wrapped()
-    monkeypatch.setattr("attnres_rewrite.attachment.load_attnres_parameters", lambda *_: 1 / 0)
+    monkeypatch.setattr("attnres_rewrite.attachment.load_saved_reads", lambda *_: 1 / 0)
     monkeypatch.setattr("attnres_rewrite.attachment.folder_with_queries", lambda _: "folder")
     with pytest.raises(ZeroDivisionError):
         ar.attach(model, CONFIG, (ids,))

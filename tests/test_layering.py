@@ -54,6 +54,7 @@ LEVELS = (
         "read_parameters",
         "first_values",
         "carried_config",
+        "saved_reads",
         "api",
         "batches",
         "baseline",

@@ -118,13 +118,22 @@ class TestHuggingFace:
             ar.attach(again)
 
     def test_queries_of_another_class_are_refused_and_nothing_stays_attached(self, llama, tmp_path):
-        ar.attach(llama, ar.AttnResConfig(num_blocks=3))
-        llama.save_pretrained(tmp_path)
-        body = pytest.importorskip("transformers").LlamaModel.from_pretrained(tmp_path)
-        with pytest.raises(ar.ArtifactError, match=r"the checkpoint 8, the first is model\.attn_res\.0"):
-            ar.attach(body)
+        ar.attach(llama.model, ar.AttnResConfig(num_blocks=3))
+        llama.model.save_pretrained(tmp_path)
+        whole = type(llama).from_pretrained(tmp_path)
+        with pytest.raises(ar.ArtifactError, match=r"the checkpoint 8, the first is attn_res\.0"):
+            ar.attach(whole)
         with pytest.raises(ar.NotAttachedError):
-            ar.attnres_parameters(body)
+            ar.attnres_parameters(whole)
+
+    def test_the_body_of_a_saved_model_takes_its_queries(self, llama, tmp_path):
+        ar.attach(llama, ar.AttnResConfig(num_blocks=3))
+        for parameter in ar.attnres_parameters(llama):
+            torch.nn.init.normal_(parameter)
+        llama.save_pretrained(tmp_path)
+        body = type(llama.model).from_pretrained(tmp_path)
+        ar.attach(body)
+        torch.testing.assert_close(ar.attnres_parameters(body), ar.attnres_parameters(llama), rtol=0, atol=0)
 
     # peft asks transformers for an attribute by its old name
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
