@@ -31,8 +31,11 @@ from torch import Tensor
 
 from attnres_rewrite.kernels.checks import (
     check_like,
+    check_listed,
+    check_number,
     check_scalars,
     check_sources,
+    check_tensor,
     check_variant,
     check_variant_width,
     check_vector,
@@ -142,16 +145,20 @@ def inter_block(
     """
     check_sources(sources)
     check_scalars(eps, "mean")
+    check_listed(queries, "queries")
     if not queries:
         raise ValueError("queries is empty; phase 1 mixes for at least one read")
     for position, query in enumerate(queries):
         check_vector(query, sources[0], f"queries[{position}]")
     if key_norms is not None:
+        check_listed(key_norms, "key_norms")
         if len(key_norms) != len(queries):
             raise ValueError(f"there are {len(key_norms)} key_norms for {len(queries)} queries; they must agree")
         for position, gain in enumerate(key_norms):
             check_vector(gain, sources[0], f"key_norms[{position}]")
-    return inter_block_op.inter_block(sources, queries, key_norms, eps)
+    outs, lses = inter_block_op.inter_block(sources, queries, key_norms, eps)
+    # a mix of one source is that source, and what is compiled returns it as it is
+    return ([out.clone() for out in outs] if len(sources) == 1 else outs), lses
 
 
 def merge(
@@ -245,6 +252,7 @@ def add_merge_norm(
         raise ValueError(f"norm={norm!r} must be 'rms' or 'layer'")
     if norm == "rms" and norm_bias is not None:
         raise ValueError("norm_bias is given with norm='rms', which has none; use norm='layer'")
+    check_number(norm_eps, "norm_eps")
     if not norm_eps >= 0:
         raise ValueError(f"norm_eps={norm_eps!r} must not be negative")
     return merge_op.add_merge_norm(
@@ -266,6 +274,7 @@ def _check_merge(
 ) -> None:
     check_sources([partial], "partial")
     check_like(inter_out, partial, "inter_out", "partial")
+    check_tensor(lse, "lse")
     if lse.shape != partial.shape[:-1] or lse.device != partial.device:
         raise ValueError(
             f"lse has shape {tuple(lse.shape)} on {lse.device}; a partial sum of shape {tuple(partial.shape)} "
@@ -282,6 +291,9 @@ def _factor(output: str, num_sources: int | None) -> float:
         return 1.0
     if num_sources is None:
         raise ValueError("output='sum' needs num_sources, the number of all sources of the read")
+    # callers are not all type-checked
+    if isinstance(num_sources, bool) or not isinstance(num_sources, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"num_sources={num_sources!r} must be an integer")
     if num_sources < 1:
         raise ValueError(f"num_sources={num_sources} must be at least 1")
     return float(num_sources)

@@ -1,5 +1,7 @@
 """Mirrors attnres_rewrite/functional.py: what the operations promise, and what they say about wrong arguments."""
 
+import re
+
 import pytest
 import torch
 
@@ -169,3 +171,53 @@ def test_a_gate_adds_the_mix_to_the_sum(variant):
 def test_wrong_arguments_of_a_variant(change, error, message):
     with pytest.raises(error, match=message):
         F.attn_res_read(**{"sources": SOURCES, "query": QUERY} | change)
+
+
+# Once an empty result, a wrong one, or an error that named no argument
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, q, o, e: F.inter_block(s, iter([q, q])), "queries must be a list or tuple of tensors"),
+        (lambda s, q, o, e: F.inter_block(s, torch.stack([q])), "queries must be a list or tuple of tensors"),
+        (lambda s, q, o, e: F.inter_block(s, [q], iter([q])), "key_norms must be a list or tuple of tensors"),
+        (lambda s, q, o, e: F.merge(o, None, s[0], q), "lse must be a floating-point tensor, not NoneType"),
+        (
+            lambda s, q, o, e: F.merge(o, e.long(), s[0], q),
+            "lse must be a floating-point tensor, not a torch.int",
+        ),
+        (lambda s, q, o, e: F.merge([o], e, s[0], q), "inter_out must be a floating-point tensor, not list"),
+        (
+            lambda s, q, o, e: F.merge(o, e, s[0], q, None, 1e-6, "sum", 2.5),
+            "num_sources=2.5 must be an integer",
+        ),
+        (lambda s, q, o, e: F.attn_res_read(s, q, eps="x"), "eps='x' must be a number"),
+        (
+            lambda s, q, o, e: F.add_merge_norm(s[0], [s[1]], o, e, q, None, None, None, 1e-6),
+            "update must be a floating-point tensor, not list",
+        ),
+        (
+            lambda s, q, o, e: F.add_merge_norm(s[0], None, o, e, q, None, None, None, None),
+            "norm_eps=None must be a number",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, message):
+    sources, query = [torch.randn(2, 8) for _ in range(3)], torch.randn(8)
+    (out,), (lse,) = F.inter_block(sources, [query])
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call(sources, query, out, lse)
+
+
+# Once the source itself, where it was compiled
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_mix_of_one_source_is_not_that_source(backend):
+    def doubled(source, query):
+        outs, _ = F.inter_block([source], [query, query])
+        outs[0].mul_(2.0)
+        return outs[1]
+
+    source, query = torch.randn(2, 8), torch.randn(8)
+    before = source.clone()
+    other = torch.compile(doubled, backend=backend, fullgraph=True)(source, query)
+    assert torch.equal(source, before)
+    torch.testing.assert_close(other, before)

@@ -27,21 +27,41 @@ def check_sources(sources: object, name: str = "sources") -> None:
         raise ValueError(f"{name} holds {len(sources)} tensors; the limit is {MAX_SOURCES}")
     first: Any = sources[0]
     for position, source in enumerate(cast("Sequence[object]", sources)):
-        if not isinstance(source, Tensor) or not source.dtype.is_floating_point:
-            raise TypeError(f"{name}[{position}] must be a floating-point tensor, not {_described(source)}")
-        check_like(source, first, f"{name}[{position}]", f"{name}[0]")
+        check_like(cast("Tensor", source), first, f"{name}[{position}]", f"{name}[0]")
     if not first.ndim:
         raise ValueError(f"{name}[0] has no dimensions; it must be [..., D]")
     if not 0 < first.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{name}[0] has {first.shape[-1]} channels; they must be 1 to {MAX_WIDTH}")
 
 
+def check_tensor(value: object, name: str) -> None:
+    """Check for a floating-point tensor.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point tensor, not {_described(value)}")
+
+
+def check_listed(value: object, name: str) -> None:
+    """Check for a list or tuple; an iterator would be empty the second time.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a list or tuple of tensors, not {_described(value)}")
+
+
 def check_like(tensor: Tensor, other: Tensor, name: str, other_name: str) -> None:
     """Check that a tensor has the shape, dtype and device of another.
 
     Raises:
+        TypeError: It is no floating-point tensor.
         ValueError: It has not.
     """
+    check_tensor(tensor, name)
     for what in ("shape", "dtype", "device"):
         here, there = getattr(tensor, what), getattr(other, what)
         if here != there:
@@ -56,8 +76,8 @@ def check_vector(vector: object, like: Tensor, name: str, key_rank: int | None =
         TypeError: It is not a floating-point tensor.
         ValueError: It is not [D], or lies on another device.
     """
-    if not isinstance(vector, Tensor) or not vector.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point tensor, not {_described(vector)}")
+    check_tensor(vector, name)
+    assert isinstance(vector, Tensor)
     if key_rank is not None and vector.shape != (key_rank,):
         raise ValueError(f"{name} has shape {tuple(vector.shape)}; key_rank={key_rank} needs ({key_rank},)")
     if key_rank is None and vector.shape != like.shape[-1:]:
@@ -70,12 +90,24 @@ def check_scalars(eps: float, output: str) -> None:
     """Check the eps of the keys and the output form.
 
     Raises:
+        TypeError: The eps is not a number.
         ValueError: One is out of its range.
     """
+    check_number(eps, "eps")
     if not eps > 0:
         raise ValueError(f"eps={eps!r} must be positive: a source may be zero")
     if output not in ("sum", "mean"):
         raise ValueError(f"output={output!r} must be 'sum' or 'mean'")
+
+
+def check_number(value: object, name: str) -> None:
+    """Check for a Python number.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} must be a number")
 
 
 def check_variant(num_heads: object, key_rank: object, recency_bias: object) -> None:
@@ -96,8 +128,8 @@ def check_variant(num_heads: object, key_rank: object, recency_bias: object) -> 
             f"num_heads={num_heads} and key_rank={key_rank} contradict: each head has its keys in its own channels, "
             "and sliced keys are the last channels; give one of them"
         )
-    if isinstance(recency_bias, bool) or not isinstance(recency_bias, int | float):
-        raise TypeError(f"recency_bias={recency_bias!r} must be a number")
+    check_number(recency_bias, "recency_bias")
+    assert isinstance(recency_bias, int | float)
     if not math.isfinite(recency_bias) or abs(recency_bias) > MAX_BIAS:
         raise ValueError(f"recency_bias={recency_bias!r} must be finite, and within {MAX_BIAS:g} of zero")
 
