@@ -46,7 +46,7 @@ class Pipeline:
             output is a scalar and has no batch to be joined along.
 
         Raises:
-            TypeError: An input is not a tensor.
+            TypeError: An input or the target is not a tensor.
             ValueError: An input is missing, is taken by no stage, or does not have the size of the plan's microbatches
                 times their number; or the target is missing or cannot be divided.
             PipelineFailedError: Another rank failed; every rank ends with the error of the first one that did.
@@ -148,6 +148,8 @@ class Pipeline:
             raise ValueError("losses are asked for, and there is no loss_fn: give one to build_pipeline")
         if self.has_loss and target is None:
             raise ValueError("the loss needs a target on the rank of the last stage: step(..., target=...)")
+        if self.has_loss and not isinstance(target, Tensor):
+            raise TypeError(f"the target is a {type(target).__name__}, not a tensor, which is cut into microbatches")
         if isinstance(target, Tensor) and (not target.ndim or target.shape[0] % self.n_microbatches):
             raise ValueError(f"the target is {tuple(target.shape)}: not {self.n_microbatches} equal microbatches")
 

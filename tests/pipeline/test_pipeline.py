@@ -261,6 +261,13 @@ def test_asking_for_the_state_of_an_optimizer_changes_nothing(kind):
     torch.testing.assert_close(*ends)
 
 
+# Once an AttributeError of torch
+@pytest.mark.parametrize("wrong", [{"labels": target}, [target]])
+def test_a_target_that_is_no_tensor_is_named(wrong):
+    with pytest.raises(TypeError, match=f"the target is a {type(wrong).__name__}, not a tensor"):
+        built(rewritten(Gpt(depth=2))).step(batch, target=wrong)
+
+
 # Once wrong: the sums of all copies were added up a second time
 def test_gradients_of_tied_copies_are_added_up_once():
     pipeline = built(rewritten(Gpt(depth=2)))
